@@ -1,0 +1,563 @@
+"""Layers whose weights are grid indices, and the votes that move them.
+
+A ``GhostGrid`` holds one weight matrix: int16 indices ``(out, in)`` into the manifold and a float32 scale per row;
+weight = manifold[index] * scale[row]. ``GhostLinearTandem``, ``GhostEmbedding`` and ``ghost_cross_entropy`` are three uses
+of a grid; a tied head is the same grid in two places, with one vote buffer.
+
+Nothing dense outlives its use. The forward pass dequantizes a slice of rows, multiplies, drops it; the backward pass
+dequantizes it again for the gradient of the input, and turns the slice's weight gradient into integer votes at once.
+Votes are cast in the backward pass only, so recomputing a forward pass (gradient checkpointing) never votes twice.
+
+Who may vote is explicit: a grid votes while it is unlocked (its buffer exists) and its ``Ballot`` is open. Flags such as
+``requires_grad`` have no say over integers. Closed, the same modules are an ordinary frozen network, and a locked grid costs
+no weight gradient; nothing below the lowest open grid is visited by the backward pass at all.
+
+The rule ``momentum`` (kernels in ``ghost_kernels``; it divides before it averages, as LaProp does, arXiv 2002.04839, with
+one second moment per row, as Adam-mini does, arXiv 2406.16793), for K micro-batches a step:
+
+    rms[row]  = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
+    votes    -= SR((1 - β) · U · g / (K · rms[row]))                       each micro-batch
+    value     = value + lr · votes / (U · scale[row]), drawn between neighbours    each step
+    votes     = SR(β · votes)
+    r2[row]   = β2 · r2[row] + (1 - β2) · mean of g² over columns and micro-batches, bias-corrected
+
+``r2`` comes from earlier steps, so that loud and quiet micro-batches keep their say; before a grid's first step it is
+measured on that step's first micro-batch with votes off. Every state of the rule is per weight an integer and per row a
+number, and no random bit depends on the order of micro-batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import ghost_kernels as kernels
+from manifolds import INDEX_MAX, Manifold
+
+HEADROOM = 1.25
+"""A row's largest weight sits at 1/1.25 of its scale after import: it can grow by a quarter before it saturates."""
+SLICE_ELEMENTS = 1 << 24
+"""Weights dequantized at a time: 64 MiB of float32."""
+
+_placed: dict[tuple[str, torch.device], Manifold] = {}
+
+
+class GhostError(RuntimeError):
+    """A grid used in a way that its state does not allow."""
+
+
+@dataclass(frozen=True)
+class MomentumRule:
+    """Hyperparameters of the vote rule ``momentum``; symbols as in the module docstring."""
+
+    beta: float = 0.7
+    """Share of the votes that survives a step."""
+    beta2: float = 0.95
+    """Memory of a row's mean square."""
+    floor: float = 0.5
+    """Rows quieter than this share of their tensor's RMS are measured by the tensor's."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("beta", 0.0, 1.0), ("beta2", 0.0, 1.0)):
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to below {high}")
+        if not self.floor >= 0:
+            raise ValueError(f"floor is {self.floor}, expected at least 0")
+
+    @property
+    def decay(self) -> int:
+        """``beta`` as a multiple of 2^-16, which is what the kernel uses."""
+        return round(self.beta * 65536)
+
+
+@dataclass
+class Ballot:
+    """What the backward pass is to do with weight gradients; one object shared by all grids of a model.
+
+    ``mode``: ``closed`` ignores them; ``measure`` takes the rows' mean squares of grids that have none yet; ``cast``
+    votes; ``retract`` takes the votes of an identical earlier pass back.
+    """
+
+    seed: int = 0
+    rule: MomentumRule = field(default_factory=MomentumRule)
+    step: int = 0
+    micro_batch: int = 0
+    micro_batches: int = 1
+    mode: str = "closed"
+    backend: str | None = None
+    non_finite: list[str] = field(default_factory=list)
+    """Names of grids that met a non-finite gradient since the list was last cleared; they did not vote."""
+
+    def open(self, mode: str, step: int, micro_batch: int, micro_batches: int) -> None:
+        """Set mode and place; ``micro_batches`` is K, constant within a step."""
+        if mode not in ("measure", "cast", "retract"):
+            raise ValueError(f"unknown ballot mode {mode!r}")
+        if not 0 <= micro_batch < micro_batches:
+            raise ValueError(f"micro-batch {micro_batch} of {micro_batches}")
+        self.mode, self.step, self.micro_batch, self.micro_batches = mode, step, micro_batch, micro_batches
+
+    def close(self) -> None:
+        """Gradients pass through and leave nothing behind."""
+        self.mode = "closed"
+
+    @property
+    def units(self) -> kernels.VoteUnits:
+        """Units of the vote buffers at the present K."""
+        return kernels.VoteUnits.for_int16(self.micro_batches)
+
+
+def tensor_id(name: str) -> int:
+    """A 63-bit number from a grid's name, for the hash keys: independent of the order in which modules are visited."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
+class GhostGrid(nn.Module):
+    """One discrete weight matrix.
+
+    Buffers:
+        indices: int16 ``(out, in)``, -32767 to 32767.
+        scale: float32 ``(out,)``, positive; never trained.
+    While unlocked also:
+        votes: int16 ``(out, in)``.
+        row_squares: int64 ``(out,)``: this step's sum of squared votes, 12 fractional bits each.
+        r2: float32 ``(out,)``: running mean square of the row's gradient, before bias correction.
+        observations: how many steps ``r2`` has seen.
+    """
+
+    indices: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, out_features: int, in_features: int, manifold: Manifold, ballot: Ballot | None = None) -> None:
+        super().__init__()
+        self.name = ""
+        self.manifold = manifold
+        self.ballot = ballot or Ballot()
+        self.register_buffer("indices", torch.zeros(out_features, in_features, dtype=torch.int16))
+        self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
+        self.votes: torch.Tensor | None = None
+        self.row_squares: torch.Tensor | None = None
+        self.r2: torch.Tensor | None = None
+        self.observations = 0
+        self._inverse_scale: torch.Tensor | None = None
+        self._yardstick: tuple[tuple[int, int, MomentumRule], torch.Tensor] | None = None
+        self._anchor: torch.Tensor | None = None
+
+    # -- the weight -------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        rows, columns = self.indices.shape
+        return rows, columns
+
+    @property
+    def base_idx(self) -> torch.Tensor:
+        """Coarse coordinate: the high byte of each index as uint8 ``(out, in)``, a view of the same storage."""
+        return self.indices.view(torch.uint8)[:, 1::2]
+
+    @property
+    def fine_idx(self) -> torch.Tensor:
+        """Fine coordinate: the low byte of each index as uint8 ``(out, in)``, a view of the same storage."""
+        return self.indices.view(torch.uint8)[:, 0::2]
+
+    def tables(self) -> Manifold:
+        """The manifold on this grid's device; one copy per device and process."""
+        device = self.indices.device
+        if self.manifold.values.device != device:
+            key = (self.manifold.sha256, device)
+            if key not in _placed:
+                _placed[key] = self.manifold.to(device)
+            self.manifold = _placed[key]
+        return self.manifold
+
+    def slices(self) -> Iterator[slice]:
+        """Consecutive row ranges of at most ``SLICE_ELEMENTS`` weights."""
+        rows, columns = self.shape
+        step = max(1, SLICE_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def dequantize(self, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Weights of a range of rows, ``(rows, in)``."""
+        weights = kernels.dequantize(self.indices[rows], self.scale[rows], self.tables(), backend=self.ballot.backend)
+        return weights if dtype == torch.float32 else weights.to(dtype)
+
+    def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Weights of chosen rows: int64 ``(n,)`` to float32 ``(n, in)``."""
+        return kernels.dequantize(self.indices[rows], self.scale[rows], self.tables(), backend=self.ballot.backend)
+
+    @torch.no_grad()
+    def import_weights(self, weights: torch.Tensor, headroom: float = HEADROOM) -> kernels.SnapReport:
+        """Set scale and indices to the nearest entries of a dense matrix; float ``(out, in)``, finite. Slice by slice."""
+        if tuple(weights.shape) != self.shape:
+            raise GhostError(f"weights have shape {tuple(weights.shape)}, expected {self.shape}")
+        self.scale.copy_(kernels.row_scales(weights, headroom))
+        self._inverse_scale = None
+        parts = []
+        for rows in self.slices():
+            dense = weights[rows].to(torch.float32).contiguous()
+            parts.append(kernels.snap(dense, self.scale[rows], self.tables(), out=self.indices[rows])[1])
+        return kernels.SnapReport(
+            elements=sum(p.elements for p in parts),
+            zeros=sum(p.zeros for p in parts),
+            saturated=sum(p.saturated for p in parts),
+            signal=sum(p.signal for p in parts),
+            noise=sum(p.noise for p in parts),
+        )
+
+    # -- voting -----------------------------------------------------------------------------------------------------
+
+    @property
+    def unlocked(self) -> bool:
+        """Whether the grid has a vote buffer."""
+        return self.votes is not None
+
+    def unlock(self) -> None:
+        """Allocate an empty vote buffer and row state; a grid that is already unlocked keeps its own."""
+        if self.votes is None:
+            rows = self.shape[0]
+            device = self.indices.device
+            self.votes = torch.zeros_like(self.indices)
+            self.row_squares = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.r2 = torch.zeros(rows, dtype=torch.float32, device=device)
+            self.observations = 0
+            self._anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def lock(self) -> None:
+        """Drop the vote buffer and the row state: nothing is hoarded behind a lock."""
+        self.votes = self.row_squares = self.r2 = self._anchor = self._yardstick = None
+        self.observations = 0
+
+    @property
+    def anchor(self) -> torch.Tensor | None:
+        """A scalar that makes autograd visit this grid's backward though nothing here is a float parameter."""
+        return self._anchor if self.ballot.mode != "closed" else None
+
+    def wants_gradient(self) -> bool:
+        """Whether the running backward pass should compute this grid's weight gradient."""
+        if self.votes is None or self.ballot.mode == "closed":
+            return False
+        return self.observations == 0 if self.ballot.mode == "measure" else self.observations > 0
+
+    def yardstick(self) -> torch.Tensor:
+        """Votes per unit of gradient for each row, float32 ``(out,)``; 0 for a tensor that has seen no gradient."""
+        ballot = self.ballot
+        key = (self.observations, ballot.micro_batches, ballot.rule)
+        if self._yardstick is None or self._yardstick[0] != key:
+            rule = ballot.rule
+            corrected = self.r2 / (1 - rule.beta2**self.observations)
+            seen = corrected > 0
+            tensor_rms = corrected.sum().div(seen.sum().clamp(min=1)).sqrt()
+            rms = torch.maximum(corrected.sqrt(), rule.floor * tensor_rms)
+            value = (1 - rule.beta) * ballot.units.unit / ballot.micro_batches / rms
+            value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max)
+            self._yardstick = (key, value)
+        return self._yardstick[1]
+
+    def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int) -> None:
+        """Measure or vote with the gradient of some rows.
+
+        Args:
+            gradient: float ``(n, in)`` of one micro-batch.
+            rows: int64 ``(n,)``, each row at most once.
+            use: tells two uses of one grid (head and embedding) apart in the random draw.
+        """
+        ballot = self.ballot
+        gradient = gradient.float().contiguous()
+        # One sum is the cheapest test: it is finite only if every element is.
+        if not math.isfinite(gradient.sum().item()):
+            ballot.non_finite.append(self.name)
+            return
+        if ballot.mode == "measure":
+            # Row statistics in votes' units would need the yardstick that this pass is to find.
+            self.r2[rows] += (1 - ballot.rule.beta2) * gradient.square().mean(1)
+            return
+        keys = kernels.hash_keys(ballot.seed, ballot.step, ballot.micro_batch, tensor_id(self.name), use)
+        kernels.cast_votes(
+            gradient,
+            rows,
+            self.yardstick(),
+            self.votes,
+            self.row_squares,
+            keys=keys,
+            limit=ballot.units.limit,
+            sign=-1 if ballot.mode == "retract" else 1,
+            backend=ballot.backend,
+        )
+
+    def finish_measuring(self) -> None:
+        """Close a measuring pass: a tensor that saw any gradient has its first observation."""
+        if self.votes is not None and self.observations == 0 and bool((self.r2 > 0).any()):
+            self.observations = 1
+
+    def apply_votes(self, rate: float) -> tuple[int, int]:
+        """Move the weights by their votes; integers only. Returns (flips, travel), see ``ghost_kernels.apply_votes``."""
+        if self.votes is None:
+            raise GhostError(f"{self.name} is locked: it has no votes to apply")
+        ballot = self.ballot
+        if self._inverse_scale is None or self._inverse_scale.device != self.scale.device:
+            self._inverse_scale = kernels.inverse_scales(self.scale)
+        name = tensor_id(self.name)
+        draw = kernels.hash_keys(ballot.seed, ballot.step, -1, name)
+        fade = kernels.hash_keys(ballot.seed, ballot.step, -2, name)
+        stride = kernels.integer_strides(self._inverse_scale, rate, ballot.units.unit)
+        return kernels.apply_votes(
+            self.indices,
+            self.votes,
+            stride,
+            self.tables(),
+            keys=(*draw, *fade),
+            decay=ballot.rule.decay,
+            carry=ballot.units.carry,
+            backend=ballot.backend,
+        )
+
+    def update_yardstick(self) -> None:
+        """Fold the step's row statistics into ``r2``; the next step's votes are measured by them."""
+        if self.votes is None or self.observations == 0:
+            return
+        ballot = self.ballot
+        beta2 = ballot.rule.beta2
+        yard = self.yardstick().double()
+        squares = self.row_squares.double() / 4.0 ** (16 - kernels.STAT_SHIFT)
+        mean = squares / (self.shape[1] * ballot.micro_batches) / yard.square()
+        mean = torch.where(yard > 0, mean, 0.0)
+        self.r2.copy_(beta2 * self.r2.double() + (1 - beta2) * mean)
+        self.row_squares.zero_()
+        self.observations += 1
+
+    def vote_state(self) -> dict[str, torch.Tensor]:
+        """Everything the rule needs to continue: empty while locked."""
+        if self.votes is None:
+            return {}
+        return {
+            "votes": self.votes,
+            "r2": self.r2,
+            "row_squares": self.row_squares,
+            "observations": torch.tensor(self.observations, dtype=torch.int64),
+        }
+
+    def load_vote_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore :meth:`vote_state`; an empty one locks the grid."""
+        self.lock()
+        if state:
+            self.unlock()
+            self.votes.copy_(state["votes"])
+            self.r2.copy_(state["r2"])
+            self.row_squares.copy_(state["row_squares"])
+            self.observations = int(state["observations"])
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]}, {self.manifold.name}, {'unlocked' if self.unlocked else 'locked'}"
+
+
+_USE_LINEAR, _USE_EMBEDDING = 0, 1
+
+
+def _row_range(rows: slice, device: torch.device) -> torch.Tensor:
+    return torch.arange(rows.start, rows.stop, device=device)
+
+
+class _LinearFunction(torch.autograd.Function):
+    """``x @ W.T`` over a grid, row slice by row slice; the backward casts votes."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor | None, grid: GhostGrid) -> torch.Tensor:
+        ctx.grid = grid
+        ctx.save_for_backward(x)
+        flat = x.reshape(-1, x.shape[-1])
+        parts = list(grid.slices())
+        if len(parts) == 1:
+            out = flat @ grid.dequantize(parts[0], x.dtype).T
+        else:
+            out = flat.new_empty(len(flat), grid.shape[0])
+            for rows in parts:
+                out[:, rows] = flat @ grid.dequantize(rows, x.dtype).T
+        return out.view(*x.shape[:-1], grid.shape[0])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        grid: GhostGrid = ctx.grid
+        flat = x.reshape(-1, x.shape[-1])
+        gradient = gradient.reshape(len(flat), -1)
+        votes = grid.wants_gradient()
+        below = None
+        for rows in grid.slices():
+            part = gradient[:, rows]
+            if ctx.needs_input_grad[0]:
+                product = part @ grid.dequantize(rows, gradient.dtype)
+                below = product if below is None else below.add_(product)
+            if votes:
+                grid.accept(part.T @ flat, _row_range(rows, flat.device), _USE_LINEAR)
+        return None if below is None else below.view_as(x), None, None
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    """Rows of a grid by token id; the backward casts votes for the rows that occurred."""
+
+    @staticmethod
+    def forward(ctx, ids: torch.Tensor, anchor: torch.Tensor | None, grid: GhostGrid) -> torch.Tensor:
+        ctx.grid = grid
+        ctx.save_for_backward(ids)
+        return grid.dequantize_rows(ids.reshape(-1)).view(*ids.shape, grid.shape[1])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (ids,) = ctx.saved_tensors
+        grid: GhostGrid = ctx.grid
+        if grid.wants_gradient():
+            rows, place = torch.unique(ids, return_inverse=True)
+            summed = torch.zeros(len(rows), grid.shape[1], device=gradient.device)
+            summed.index_add_(0, place.reshape(-1), gradient.reshape(-1, grid.shape[1]).float())
+            grid.accept(summed, rows, _USE_EMBEDDING)
+        return None, None, None
+
+
+class _CrossEntropyFunction(torch.autograd.Function):
+    """Summed cross-entropy of ``x @ W.T`` against targets, by slices of the vocabulary; logits never exist whole.
+
+    Forward keeps a running maximum and sum (online softmax, Milakov and Gimelshein 2018); backward computes each slice's
+    logits again. One extra product of the head buys the memory of logits, their gradient and the dense head.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, targets: torch.Tensor, anchor: torch.Tensor | None, grid: GhostGrid):
+        ctx.grid = grid
+        top = x.new_full((len(x),), -math.inf, dtype=torch.float32)
+        total = torch.zeros_like(top)
+        picked = torch.zeros_like(top)
+        for rows in grid.slices():
+            logits = (x @ grid.dequantize(rows, x.dtype).T).float()
+            new_top = torch.maximum(top, logits.max(1).values)
+            total = total * (top - new_top).exp() + (logits - new_top[:, None]).exp_().sum(1)
+            top = new_top
+            here = (targets >= rows.start) & (targets < rows.stop)
+            column = (targets - rows.start).clamp(0, logits.shape[1] - 1)
+            picked = torch.where(here, logits.gather(1, column[:, None])[:, 0], picked)
+        norm = top + total.log()
+        ctx.save_for_backward(x, targets, norm)
+        return (norm - picked).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, targets, norm = ctx.saved_tensors
+        grid: GhostGrid = ctx.grid
+        votes = grid.wants_gradient()
+        below = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        for rows in grid.slices():
+            weights = grid.dequantize(rows, x.dtype)
+            part = ((x @ weights.T).float() - norm[:, None]).exp_()
+            here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
+            part[here, targets[here] - rows.start] -= 1.0
+            part = part.mul_(gradient).to(x.dtype)
+            if below is not None:
+                below.addmm_(part, weights)
+            del weights
+            if votes:
+                grid.accept(part.T @ x, _row_range(rows, x.device), _USE_LINEAR)
+        return below, None, None, None
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype that an enclosing autocast region asks for."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def ghost_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, grid: GhostGrid) -> torch.Tensor:
+    """Summed cross-entropy in nats of a bias-free head, without its logits or its dense weights.
+
+    Args:
+        hidden: float ``(tokens, in)``.
+        targets: int64 ``(tokens,)``, each in [0, out).
+        grid: the head.
+
+    Returns:
+        float32 scalar; differentiable in ``hidden``; its backward casts the head's votes.
+    """
+    return _CrossEntropyFunction.apply(_autocast(hidden), targets, grid.anchor, grid)
+
+
+class GhostLinearTandem(nn.Module):
+    """``nn.Linear`` over a grid: ``y = x W^T + bias``, with W ``(out, in)`` discrete and the bias float32."""
+
+    def __init__(self, grid: GhostGrid, bias: bool = False) -> None:
+        super().__init__()
+        self.grid = grid
+        self.out_features, self.in_features = grid.shape
+        device = grid.indices.device
+        self.bias = nn.Parameter(torch.zeros(self.out_features, device=device)) if bias else None
+
+    @property
+    def base_idx(self) -> torch.Tensor:
+        """Coarse tandem coordinate, uint8 ``(out, in)``, a view."""
+        return self.grid.base_idx
+
+    @property
+    def fine_idx(self) -> torch.Tensor:
+        """Fine tandem coordinate, uint8 ``(out, in)``, a view."""
+        return self.grid.fine_idx
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _LinearFunction.apply(_autocast(x), self.grid.anchor, self.grid)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class GhostEmbedding(nn.Module):
+    """``nn.Embedding`` over a grid: token ids to float32 rows ``(..., in)``."""
+
+    def __init__(self, grid: GhostGrid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.num_embeddings, self.embedding_dim = grid.shape
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return _EmbeddingFunction.apply(ids, self.grid.anchor, self.grid)
+
+
+def grids_of(model: nn.Module) -> dict[str, GhostGrid]:
+    """Every grid once, by the name under which the model first mentions it (a tied head is the embedding's grid)."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, GhostGrid)}
+
+
+def name_grids(model: nn.Module, ballot: Ballot) -> None:
+    """Tell every grid its name and give all of them one ballot."""
+    for name, grid in grids_of(model).items():
+        grid.name = name
+        grid.ballot = ballot
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What one step did to a grid: flipped weights of all, and the mean distance they were sent, in units of the scale."""
+
+    weights: int
+    flips: int
+    mean_travel: float
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of weights that changed their index."""
+        return self.flips / self.weights
+
+
+def apply_votes(grids: dict[str, GhostGrid], rate: float) -> dict[str, Movement]:
+    """End a step: apply the votes of every unlocked grid at learning rate ``rate`` and renew their yardsticks."""
+    moved = {}
+    for name, grid in grids.items():
+        if grid.unlocked:
+            flips, travel = grid.apply_votes(rate)
+            grid.update_yardstick()
+            moved[name] = Movement(grid.indices.numel(), flips, travel / 2.0**40 / max(flips, 1))
+    return moved
+
+
+def damaged_indices(indices: torch.Tensor) -> int:
+    """How many indices hold the one value that nothing ever writes (-32768)."""
+    return int((indices < -INDEX_MAX).sum())

@@ -1,0 +1,325 @@
+"""The ``.pt`` contract between the scripts: one dict of tensors and plain types, atomic, checked, safe to load.
+
+Layout of the dict (every key is required; dtypes and shapes are checked on loading):
+
+    format          "qwen-prime"
+    version         1
+    stage           "init" (imported, never trained) or "train"
+    hf_config       dict: the source's config.json
+    tokenizer       {"source": str, "files": {file name: uint8 tensor of its bytes}}: the checkpoint describes itself
+    manifold        {"name": str, "sha256": str, "values": float32 (65536,)}
+    model           {parameter name: tensor}
+                      <module>.grid.indices   int16 (out, in)
+                      <module>.grid.scale     float32 (out,)
+                      everything else (norms, biases): float32
+                      a tied head is not listed: it is the embedding's grid
+    probes          {parameter name of the source: float32 (out,)}: each row of the source's weight times a fixed vector of
+                    signs (``probe_signs``), taken from the source itself before conversion; stage init only, else {}
+    votes           {grid name: {"votes": int16 (out, in), "r2": float32 (out,), "row_squares": int64 (out,),
+                    "observations": int64 ()}}; {} in stage init
+    train_state     plain dict of step, tokens, cursor, rule and float optimizer; {} in stage init
+    source          {"id": str, "revision": str or None, "files": {name: sha256}}
+    sha256          {path in this dict: sha256 of the tensor's little-endian bytes} for every tensor above
+    created_by      {"program": str, "torch": str, ...}
+
+The file is torch's zip archive with the comment that ZIP allows at its end: ``qwen-prime sha256=<hex>`` over every byte
+before the comment. One changed or missing byte anywhere, in tensors, in the pickle or in the archive's own structure, is
+found before anything is unpickled; and torch, which ignores the comment, reads the file as ever. Loading maps the file and
+unpickles with ``weights_only=True``, so a checkpoint from a stranger cannot run code.
+
+Rejected: a sidecar file for the hash, which gets lost when a checkpoint is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import platform
+import re
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = "qwen-prime"
+VERSION = 1
+STAGES = ("init", "train")
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "format": str,
+    "version": int,
+    "stage": str,
+    "hf_config": dict,
+    "tokenizer": dict,
+    "manifold": dict,
+    "model": dict,
+    "probes": dict,
+    "votes": dict,
+    "train_state": dict,
+    "source": dict,
+    "sha256": dict,
+    "created_by": dict,
+}
+_COMMENT = re.compile(rb"qwen-prime sha256=([0-9a-f]{64})\Z")
+_COMMENT_LENGTH = len("qwen-prime sha256=") + 64
+_END_RECORD = 22
+"""Length of ZIP's end-of-central-directory record without a comment; its last two bytes are the comment's length."""
+_HASH_CHUNK = 1 << 22
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, is damaged, or breaks the contract."""
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """SHA-256 (hex) of a tensor's elements in row-major order, little-endian."""
+    digest = hashlib.sha256()
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    raw = flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
+    for start in range(0, raw.numel(), _HASH_CHUNK):
+        digest.update(raw[start : start + _HASH_CHUNK].numpy())
+    return digest.hexdigest()
+
+
+def walk_tensors(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a nested dict (lists included) with its path, keys joined by ``/``."""
+    items = tree.items() if isinstance(tree, Mapping) else ((str(i), v) for i, v in enumerate(tree))
+    for key, value in items:
+        path = f"{prefix}{key}"
+        if isinstance(value, torch.Tensor):
+            yield path, value
+        elif isinstance(value, Mapping | list | tuple):
+            yield from walk_tensors(value, path + "/")
+
+
+def probe_signs(columns: int) -> torch.Tensor:
+    """The fixed vector of +1 and -1 of that length, float32 ``(columns,)``, against which rows are probed."""
+    words = hashlib.shake_256(b"qwen-prime probe").digest((columns + 7) // 8)
+    bits = np.unpackbits(np.frombuffer(words, dtype=np.uint8))[:columns]
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+
+
+def probe(weights: torch.Tensor) -> torch.Tensor:
+    """Each row of a matrix (a vector counts as one row) times :func:`probe_signs`: float32 ``(rows,)``."""
+    matrix = weights if weights.ndim == 2 else weights[None]
+    signs = probe_signs(matrix.shape[1])
+    step = max(1, (1 << 22) // max(1, matrix.shape[1]))
+    return torch.cat([matrix[i : i + step].float() @ signs for i in range(0, len(matrix), step)])
+
+
+def created_by(program: str) -> dict[str, str]:
+    """Who wrote a checkpoint, with what and when."""
+    return {
+        "program": program,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
+    """Write a checkpoint so that ``path`` is either the whole new file or what it was before.
+
+    Fills in ``sha256``. Written to a temporary file beside ``path``, fsynced, renamed over it, the folder fsynced; on any
+    error the temporary file is removed.
+
+    Returns:
+        The file's SHA-256 (of everything before the closing comment).
+
+    Raises:
+        CheckpointError: the dict breaks the contract, or the file cannot be written (disk full, no permission).
+    """
+    path = Path(path)
+    checkpoint["sha256"] = {}
+    checkpoint["sha256"] = {name: tensor_sha256(tensor) for name, tensor in walk_tensors(checkpoint)}
+    check_contract(checkpoint, str(path))
+    handle, temporary_name = -1, ""
+    try:
+        handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+        digest = _seal(Path(temporary_name))
+        os.chmod(temporary_name, 0o644)
+        os.replace(temporary_name, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write (disk full) as RuntimeError.
+        raise CheckpointError(f"cannot write {path}: {_first_line(error)}; nothing was left behind") from error
+    finally:
+        if temporary_name and os.path.exists(temporary_name):
+            os.unlink(temporary_name)
+    return digest
+
+
+def _seal(path: Path) -> str:
+    """Append the closing comment and bring the file to the disk."""
+    with open(path, "r+b") as file:
+        file.seek(-_END_RECORD, os.SEEK_END)
+        record = file.read(_END_RECORD)
+        if record[:4] != b"PK\x05\x06" or record[-2:] != b"\0\0":
+            raise CheckpointError(f"{path}: the archive does not end as torch writes it")
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", _COMMENT_LENGTH))
+        file.seek(0)
+        digest = _digest(file, file.seek(0, os.SEEK_END))
+        file.seek(0, os.SEEK_END)
+        file.write(f"qwen-prime sha256={digest}".encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return digest
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(file, length: int) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    left = length
+    while left > 0:
+        chunk = file.read(min(_HASH_CHUNK, left))
+        if not chunk:
+            raise CheckpointError("the file became shorter while it was read")
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def check_file(path: Path | str) -> str:
+    """Check a checkpoint's closing hash and return it.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint of this suite, truncated, or changed.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size < _COMMENT_LENGTH + _END_RECORD:
+                raise CheckpointError(f"{path} has {size} bytes: empty or truncated; import or copy it again")
+            file.seek(size - _COMMENT_LENGTH)
+            found = _COMMENT.match(file.read())
+            if found is None:
+                raise CheckpointError(
+                    f"{path} does not end with the hash of a PRIME checkpoint: truncated, changed, or written by another "
+                    "program; expected a file from qwen_prime_importer.py or qwen_prime_train.py"
+                )
+            digest = _digest(file, size - _COMMENT_LENGTH)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    recorded = found.group(1).decode()
+    if digest != recorded:
+        raise CheckpointError(
+            f"{path} is damaged: its bytes hash to {digest[:16]}..., recorded is {recorded[:16]}...; copy or import it again"
+        )
+    return digest
+
+
+def load_checkpoint(path: Path | str, *, check_hash: bool = True) -> dict[str, Any]:
+    """Read a checkpoint, its tensors mapped from the file (copy before changing them).
+
+    Args:
+        check_hash: read the file once and compare its closing hash; only a caller that just did so leaves it out.
+
+    Raises:
+        CheckpointError: damaged, not ours, would run code, or against the contract.
+    """
+    path = Path(path)
+    if check_hash:
+        check_file(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} refused: its pickle asks for more than tensors and plain types ({_first_line(error)})"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise CheckpointError(f"cannot read {path}: {_first_line(error)}") from error
+    check_contract(checkpoint, str(path))
+    return checkpoint
+
+
+def check_contract(checkpoint: Any, where: str) -> None:
+    """Keys, types, dtypes and shapes as the module docstring gives them.
+
+    Raises:
+        CheckpointError: naming the first thing that differs.
+    """
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{where} holds a {type(checkpoint).__name__}, expected a dict")
+    if checkpoint.get("format") != FORMAT:
+        raise CheckpointError(f"{where} has format {checkpoint.get('format')!r}, expected {FORMAT!r}")
+    if checkpoint.get("version") != VERSION:
+        raise CheckpointError(
+            f"{where} has version {checkpoint.get('version')!r}, this suite reads {VERSION}: use the suite that wrote it"
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            found = type(checkpoint.get(key)).__name__ if key in checkpoint else "nothing"
+            raise CheckpointError(f"{where} has {found} under {key!r}, expected {kind}")
+    if extra := sorted(set(checkpoint) - set(_KEYS)):
+        raise CheckpointError(f"{where} has unknown keys {extra}")
+    if checkpoint["stage"] not in STAGES:
+        raise CheckpointError(f"{where} has stage {checkpoint['stage']!r}, expected one of {', '.join(STAGES)}")
+    for path, tensor in walk_tensors(checkpoint):
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise CheckpointError(f"{where}: {path} is not a plain contiguous tensor")
+    _check_manifold(checkpoint["manifold"], where)
+    for name, tensor in checkpoint["model"].items():
+        if name.endswith(".grid.indices"):
+            _expect(where, f"model/{name}", tensor, torch.int16, 2)
+            scale = checkpoint["model"].get(name.removesuffix("indices") + "scale")
+            if not isinstance(scale, torch.Tensor) or tuple(scale.shape) != tensor.shape[:1]:
+                raise CheckpointError(f"{where}: {name} has no scale of {tensor.shape[0]} rows")
+        else:
+            _expect(where, f"model/{name}", tensor, torch.float32, None)
+    for name, state in checkpoint["votes"].items():
+        if not isinstance(state, dict) or set(state) != {"votes", "r2", "row_squares", "observations"}:
+            raise CheckpointError(f"{where}: votes/{name} is not a vote state")
+        indices = checkpoint["model"].get(f"{name}.indices")
+        _expect(where, f"votes/{name}", state["votes"], torch.int16, 2)
+        if indices is None or state["votes"].shape != indices.shape:
+            raise CheckpointError(f"{where}: votes/{name} has shape {tuple(state['votes'].shape)}, its grid another")
+
+
+def _check_manifold(manifold: dict[str, Any], where: str) -> None:
+    if not all(isinstance(manifold.get(k), str) for k in ("name", "sha256")):
+        raise CheckpointError(f"{where} does not name its manifold and the manifold's sha256")
+    _expect(where, "manifold/values", manifold.get("values"), torch.float32, 1)
+
+
+def _expect(where: str, path: str, tensor: Any, dtype: torch.dtype, dimensions: int | None) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(f"{where}: {path} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype != dtype or (dimensions is not None and tensor.ndim != dimensions):
+        raise CheckpointError(f"{where}: {path} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype}")
+
+
+def changed_tensors(checkpoint: dict[str, Any]) -> list[str]:
+    """Paths of tensors whose bytes do not hash to what is recorded, and of those recorded or present but not both."""
+    recorded = checkpoint["sha256"]
+    found = dict(walk_tensors(checkpoint))
+    wrong = sorted(set(recorded) ^ set(found))
+    wrong += [path for path, tensor in found.items() if path in recorded and tensor_sha256(tensor) != recorded[path]]
+    return wrong
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

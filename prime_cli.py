@@ -1,0 +1,55 @@
+"""The command line that all scripts share: a frozen dataclass becomes the flags, known errors become one line.
+
+Exit codes: what ``main`` returns; 1 for an error that a script declares as its own; 2 for bad usage (tyro's, which
+suggests the nearest flag, or a value that the config's ``__post_init__`` refuses).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+PositionalPath = Annotated[Path, tyro.conf.Positional]
+"""A path given by its place on the command line."""
+
+
+def run(
+    config_class: type[Config],
+    main: Callable[[Config], int],
+    errors: tuple[type[Exception], ...],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse, run, and turn errors into exit codes; ``errors`` are those whose message is meant for the user."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config = tyro.cli(config_class, args=arguments)
+    except SystemExit as stop:
+        if stop.code:
+            print(f"error: {_one_line(complaint.getvalue())}", file=sys.stderr)
+        return int(stop.code or 0)
+    try:
+        return main(config)
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed complaint as one line: borders, rules and the pointer to --help cut away."""
+    text = re.sub(r"For full helptext.*", "", box, flags=re.DOTALL)
+    text = re.sub(r"[\u2500-\u257f]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
+    return f"{' '.join(text.split())} (see --help)"

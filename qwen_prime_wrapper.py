@@ -1,0 +1,332 @@
+"""transformers' own Qwen2 / Qwen3 model with its linears and embeddings swapped for ghost modules.
+
+The decoder is not written again: attention, rotary embedding, grouped queries, causal masks, cache, generation and chat
+template are transformers'. The model is built on the meta device, every ``nn.Linear`` and ``nn.Embedding`` is replaced by
+its ghost twin of the same name, and tensors are then assigned from a checkpoint, so nothing is allocated twice and no weight
+is initialised at random. A tied head is the embedding's grid: one index tensor, one vote buffer, two uses.
+
+Norm weights and biases stay float32 parameters. Any architecture made of linears and embeddings works by the same swap; the
+list below holds those that are tested.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import manifolds
+from ghost_core import (
+    Ballot,
+    GhostEmbedding,
+    GhostGrid,
+    GhostLinearTandem,
+    ghost_cross_entropy,
+    grids_of,
+    name_grids,
+)
+from manifolds import Manifold
+from prime_checkpoint import CheckpointError, load_checkpoint
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What a checkpoint keeps of its source besides weights and config, where present."""
+
+
+class ModelError(RuntimeError):
+    """A model, config or tokenizer that this suite cannot use."""
+
+
+def parse_config(hf_config: dict[str, Any], where: str) -> PreTrainedConfig:
+    """transformers' config object from a config.json's content.
+
+    Raises:
+        ModelError: architecture not supported, or fields that transformers refuses.
+    """
+    kind = hf_config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ModelError(
+            f"{where} has model_type {kind!r} ({', '.join(map(str, hf_config.get('architectures') or ['?']))}), "
+            f"supported are {', '.join(f'{k} ({v})' for k, v in ARCHITECTURES.items())}"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(hf_config))
+    except Exception as error:
+        # Config classes validate with exceptions of many types; the user needs the file and the reason.
+        raise ModelError(f"{where}: transformers refuses this config: {str(error).splitlines()[0]}") from error
+
+
+def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "config") -> PreTrainedModel:
+    """The model of a config with ghost modules, all tensors on the meta device.
+
+    Args:
+        hf_config: content of config.json.
+        manifold: shared by all grids.
+        where: what to call the config in errors.
+    """
+    config = parse_config(hf_config, where)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        swap_modules(model, manifold)
+    _restore_computed_buffers(model)
+    name_grids(model, Ballot())
+    return model.eval()
+
+
+def swap_modules(model: PreTrainedModel, manifold: Manifold) -> None:
+    """Replace every ``nn.Linear`` and ``nn.Embedding`` of ``model`` by a ghost module on the same device; values are lost."""
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Embedding):
+                setattr(parent, name, GhostEmbedding(GhostGrid(child.num_embeddings, child.embedding_dim, manifold)))
+            elif isinstance(child, nn.Linear):
+                grid = GhostGrid(child.out_features, child.in_features, manifold)
+                setattr(parent, name, GhostLinearTandem(grid, bias=child.bias is not None))
+    if tied and head is not embedding:
+        model.get_output_embeddings().grid = model.get_input_embeddings().grid
+
+
+def _restore_computed_buffers(model: PreTrainedModel) -> None:
+    """Rebuild what a config determines and no checkpoint stores (rotary frequencies): on meta they have no values."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            own = [b for n, b in child.named_buffers(recurse=False) if n in child._non_persistent_buffers_set]
+            if any(b.is_meta for b in own):
+                setattr(parent, name, type(child)(config=model.config))
+
+
+def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor that a checkpoint of this model holds; a tied head appears once."""
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, grid in grids_of(model).items():
+        expected[f"{name}.indices"] = (grid.shape, torch.int16)
+        expected[f"{name}.scale"] = (grid.shape[:1], torch.float32)
+    for name, parameter in model.named_parameters():
+        expected[name] = (tuple(parameter.shape), torch.float32)
+    return expected
+
+
+def source_name(name: str) -> str:
+    """Name of a checkpoint's tensor in the source model: ``x.grid.indices`` comes from ``x.weight``."""
+    return name.removesuffix(".grid.indices") + ".weight" if name.endswith(".grid.indices") else name
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Weights, norms and biases of the model; a tied head counts once, row scales do not count."""
+    grids = sum(g.indices.numel() for g in grids_of(model).values())
+    return grids + sum(p.numel() for p in model.parameters())
+
+
+def tensor_mismatches(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """One line for each tensor that is missing, unexpected, or of another shape or dtype than the model's."""
+    expected = expected_tensors(model)
+    lines = [f"{name} is missing" for name in expected if name not in tensors]
+    lines += [f"{name} is not part of the model" for name in tensors if name not in expected]
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+            lines.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+    return lines
+
+
+def assign_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor], *, copy: bool) -> None:
+    """Give a model on meta its tensors. With ``copy`` they are cloned, else shared (and must not be written).
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape.
+    """
+    if wrong := tensor_mismatches(model, tensors):
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise CheckpointError(f"the checkpoint does not fit its own config: {wrong[0]}{more}")
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        value = tensor.clone() if copy else tensor
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module._parameters[leaf] = nn.Parameter(value)
+
+
+def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors a checkpoint stores under ``model``: those of :func:`expected_tensors`, by reference."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, grid in grids_of(model).items():
+        tensors[f"{name}.indices"] = grid.indices
+        tensors[f"{name}.scale"] = grid.scale
+    for name, parameter in model.named_parameters():
+        tensors[name] = parameter.detach()
+    return tensors
+
+
+def manifold_of(checkpoint: dict[str, Any]) -> Manifold:
+    """The manifold that a checkpoint records, rebuilt by name where its fingerprint agrees, else from its own table.
+
+    Raises:
+        CheckpointError: the table is not a manifold or does not have the recorded fingerprint.
+    """
+    recorded = checkpoint["manifold"]
+    if recorded["name"] in manifolds.NAMES:
+        built = manifolds.build(recorded["name"])
+        if built.sha256 == recorded["sha256"]:
+            return built
+    try:
+        table = manifolds.from_values(recorded["name"], recorded["values"])
+    except manifolds.ManifoldError as error:
+        raise CheckpointError(f"the checkpoint's manifold is unusable: {error}") from error
+    if table.sha256 != recorded["sha256"]:
+        raise CheckpointError(
+            f"the checkpoint's manifold has sha256 {table.sha256[:16]}..., recorded is {recorded['sha256'][:16]}..."
+        )
+    return table
+
+
+def model_from_checkpoint(checkpoint: dict[str, Any], *, copy: bool = True) -> PreTrainedModel:
+    """The model of a loaded checkpoint, in eval mode, all grids locked; votes are the trainer's to restore."""
+    model = build_model(checkpoint["hf_config"], manifold_of(checkpoint), "the checkpoint's config")
+    assign_tensors(model, checkpoint["model"], copy=copy)
+    return model
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a local folder.
+
+    transformers gives every ``qwen2`` folder a Qwen2Tokenizer, which silently wrecks other tokenizers; a folder that names
+    another class, or whose vocabulary is not Qwen's, is read as its tokenizer.json says.
+
+    Raises:
+        ModelError: no tokenizer there, or one that does not load.
+    """
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        generic = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # Rust and Python tokenizers raise bare Exception among others; whatever it is, the tokenizer is unusable.
+        raise ModelError(f"cannot read a tokenizer in {folder}: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def pack_tokenizer(folder: Path) -> dict[str, torch.Tensor]:
+    """A source folder's tokenizer files as uint8 tensors, for a checkpoint."""
+    return {
+        name: torch.frombuffer(bytearray((folder / name).read_bytes()), dtype=torch.uint8)
+        for name in TOKENIZER_FILES
+        if (folder / name).is_file() and (folder / name).stat().st_size
+    }
+
+
+def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer kept in a checkpoint.
+
+    Raises:
+        ModelError: it does not load.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwen-prime-") as name:
+        for file, data in checkpoint["tokenizer"]["files"].items():
+            if file not in TOKENIZER_FILES:
+                raise ModelError(f"the checkpoint has a tokenizer file {file!r}, expected one of {TOKENIZER_FILES}")
+            (Path(name) / file).write_bytes(data.numpy().tobytes())
+        return load_tokenizer(name)
+
+
+def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """A PRIME checkpoint file or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for which.
+
+    Raises:
+        CheckpointError, ModelError: with what is wrong.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config_file = path / "config.json"
+        if not config_file.is_file():
+            raise ModelError(f"{path} has no config.json: expected a Hugging Face model folder or a PRIME .pt file")
+        parse_config(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+        return model.eval(), load_tokenizer(path), "dense"
+    checkpoint = load_checkpoint(path)
+    return model_from_checkpoint(checkpoint, copy=False), tokenizer_from_checkpoint(checkpoint), "prime"
+
+
+def answer_loss(
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int]:
+    """Summed next-token loss over the labelled positions.
+
+    Args:
+        input_ids: int64 ``(batch, tokens)``.
+        labels: int64 ``(batch, tokens)``, not shifted; -100 where nothing is to be learned.
+        position_ids: int64 ``(batch, tokens)``, restarting with each document of a packed row.
+
+    Returns:
+        Loss in nats, summed, float32 scalar; and the number of labelled positions (the first of a row never counts).
+    """
+    hidden = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    targets = labels[:, 1:]
+    wanted = targets != -100
+    picked = hidden.last_hidden_state[:, :-1][wanted]
+    targets = targets[wanted]
+    head = model.get_output_embeddings()
+    if isinstance(head, GhostLinearTandem):
+        return ghost_cross_entropy(picked, targets, head.grid), len(targets)
+    return F.cross_entropy(head(picked).float(), targets, reduction="sum"), len(targets)
+
+
+@torch.no_grad()
+def mean_answer_loss(
+    model: PreTrainedModel, batches: Iterable[Any], description: str = "evaluate"
+) -> tuple[float, int]:
+    """Mean loss per labelled token over batches with ``input_ids``, ``labels`` and ``position_ids``, without votes.
+
+    Returns:
+        Nats per token and the number of tokens scored.
+
+    Raises:
+        ModelError: nothing to score.
+    """
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    device = model.device
+    for batch in tqdm(batches, desc=description, unit="batch", leave=False, disable=None):
+        loss, count = answer_loss(
+            model, batch.input_ids.to(device), batch.labels.to(device), batch.position_ids.to(device)
+        )
+        total += float(loss)
+        tokens += count
+    model.train(training)
+    if tokens == 0:
+        raise ModelError("the evaluation data has no token to score")
+    return total / tokens, tokens

@@ -1,0 +1,265 @@
+"""Manifolds: what the tables hold, that they are the same everywhere, and that the search tables mean "nearest"."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import manifolds
+from manifolds import ENTRIES, FIXED_BITS, INDEX_MAX, Manifold, ManifoldError
+
+SHA256 = {
+    "prime-harmonic": "7ab73472bc4853198b3337ff8bcd6d8db572d8c8509878f37b326255bbc01b50",
+    "linear": "e5966e03a81b2f43fef58648d8ecfa270f0fda665c6b230fd1a923fa9e3884cd",
+}
+
+
+@pytest.fixture(scope="module", params=manifolds.NAMES)
+def table(request: pytest.FixtureRequest) -> Manifold:
+    return manifolds.build(request.param)
+
+
+def half_of(table: Manifold) -> np.ndarray:
+    """The non-negative half in float64."""
+    return table.values.numpy()[INDEX_MAX + 1 :].astype(np.float64)
+
+
+def nearest(half: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+    """Index of the nearest entry by comparing with every entry; of two at the same distance the smaller."""
+    found = [
+        np.abs(half[None, :] - part[:, None]).argmin(1)
+        for part in np.array_split(magnitudes, len(magnitudes) // 64 + 1)
+    ]
+    return np.concatenate(found)
+
+
+def looked_up(table: Manifold, magnitudes: np.ndarray) -> np.ndarray:
+    """What the thresholds say, by the definition in ``Manifold``."""
+    return np.searchsorted(table.thresholds.numpy(), magnitudes.astype(np.float32), side="right") - 1
+
+
+def primes_by_division(limit: int) -> np.ndarray:
+    numbers = np.arange(2, limit + 1)
+    for divisor in range(2, math.isqrt(limit) + 1):
+        numbers = numbers[(numbers % divisor != 0) | (numbers == divisor)]
+    return numbers
+
+
+def test_digests_are_pinned(table: Manifold) -> None:
+    assert set(SHA256) == set(manifolds.NAMES)
+    assert table.sha256 == SHA256[table.name]
+    assert manifolds.fingerprint(table.values) == SHA256[table.name]
+
+
+def test_a_second_build_from_scratch_is_the_same(table: Manifold) -> None:
+    again = manifolds.build.__wrapped__(table.name)
+    assert again is not table
+    assert torch.equal(again.values, table.values) and again.sha256 == table.sha256
+
+
+def test_one_flipped_bit_changes_the_fingerprint(table: Manifold) -> None:
+    changed = table.values.clone()
+    changed.view(torch.int32)[40_000] ^= 1
+    assert manifolds.fingerprint(changed) != table.sha256
+
+
+def test_order_and_symmetry(table: Manifold) -> None:
+    values = table.values.numpy()
+    assert values.dtype == np.float32 and values.shape == (ENTRIES,)
+    assert (values[1:] > values[:-1]).all()
+    assert values[32768] == 0.0 and not np.signbit(values[32768])
+    assert (values[32769:] == -values[32767:0:-1]).all()
+    assert values[-1] == 1.0 and values[1] == -1.0
+    assert values[0] == np.float32(-2.0 + np.float64(values[-2])), "the unpaired entry lies one last gap below -1"
+
+
+def test_every_member_of_the_three_families_is_an_entry() -> None:
+    values = manifolds.build("prime-harmonic").values.numpy()
+    primes = primes_by_division(60_000)
+    assert len(primes) == 6057
+    families = {
+        "nucleus": [1 / float(p) ** 1.05 for p in primes],
+        "harmonics": [1 / (1.2 * i) for i in range(2, 10_000)],
+        "tail": [i / 8192 for i in range(1, 8193)],
+    }
+    for name, members in families.items():
+        missing = ~np.isin(np.array(members).astype(np.float32), values)
+        assert not missing.any(), f"{name}: {int(missing.sum())} missing"
+    seeds = np.sort(manifolds.prime_harmonic_seeds())
+    assert np.allclose(seeds, np.sort(np.concatenate(list(families.values()))), rtol=1e-14, atol=0)
+
+
+def test_no_seed_lies_near_a_rounding_boundary() -> None:
+    """A libm that is off by hundreds of units in the last place would still build the same table."""
+    seeds = manifolds.prime_harmonic_seeds()
+    rounded = seeds.astype(np.float32)
+    closest = np.full(len(seeds), np.inf)
+    for direction in (0.0, np.inf):
+        neighbour = np.nextafter(rounded, np.float32(direction)).astype(np.float64)
+        boundary = (rounded.astype(np.float64) + neighbour) / 2
+        closest = np.minimum(closest, np.abs(seeds - boundary) / seeds)
+    assert closest.min() > 1e-13
+    exact = np.array([np.longdouble(p) ** -np.longdouble(1.05) for p in primes_by_division(60_000)])
+    assert (exact.astype(np.float32) == rounded[: len(exact)]).all()
+
+
+def test_gaps_are_what_the_docstring_says() -> None:
+    half = half_of(manifolds.build("prime-harmonic"))
+    gaps = np.diff(half)
+    assert gaps.max() == 1 / 16384
+    assert 500 < (1 / 16384) / np.median(gaps[half[:-1] < 1e-3]) < 5000
+    linear = half_of(manifolds.build("linear"))
+    assert np.abs(linear * INDEX_MAX - np.arange(INDEX_MAX + 1)).max() < INDEX_MAX * 2.0**-24
+
+
+def test_fixed_point_is_exact(table: Manifold) -> None:
+    half = half_of(table)
+    assert table.fixed.dtype == torch.int64 and tuple(table.fixed.shape) == (INDEX_MAX + 1,)
+    scaled = [math.ldexp(v, FIXED_BITS) for v in half.tolist()]
+    assert all(s == int(s) for s in scaled)
+    assert table.fixed.tolist() == [int(s) for s in scaled]
+    assert table.fixed[-1] == 1 << FIXED_BITS
+
+
+def test_thresholds_find_the_nearest_entry(table: Manifold) -> None:
+    generator = np.random.default_rng(11)
+    magnitudes = np.concatenate(
+        [
+            generator.random(800),
+            10.0 ** generator.uniform(-5, 0, 400),
+            10.0 ** generator.uniform(-12, -4, 100),
+            1 - 10.0 ** generator.uniform(-7, -1, 100),
+            [0.0, 1.0, 1e-45, 1e-38],
+        ]
+    ).astype(np.float32)
+    expected = nearest(half_of(table), magnitudes.astype(np.float64))
+    assert len(np.unique(expected)) > 900
+    np.testing.assert_array_equal(looked_up(table, magnitudes), expected)
+
+
+def test_midpoints_go_to_the_smaller_and_their_neighbours_to_their_own_side(table: Manifold) -> None:
+    half = half_of(table)
+    middle = (half[:-1] + half[1:]) / 2
+    rounded = middle.astype(np.float32)
+    lower = np.arange(INDEX_MAX)
+    exact = rounded.astype(np.float64) == middle
+    assert exact.sum() > 1000, "too few midpoints are float32 numbers for this test to mean anything"
+    np.testing.assert_array_equal(looked_up(table, rounded[exact]), lower[exact])
+
+    # The float32 numbers just below and just above each midpoint; entries may themselves be such neighbours.
+    below = np.where(rounded.astype(np.float64) < middle, rounded, np.nextafter(rounded, np.float32(0)))
+    above = np.where(rounded.astype(np.float64) > middle, rounded, np.nextafter(rounded, np.float32(2)))
+    assert (below < middle).all() and (above > middle).all()
+    np.testing.assert_array_equal(looked_up(table, below), lower)
+    np.testing.assert_array_equal(looked_up(table, above), lower + 1)
+
+
+def test_every_entry_is_its_own_nearest(table: Manifold) -> None:
+    np.testing.assert_array_equal(looked_up(table, half_of(table)), np.arange(INDEX_MAX + 1))
+
+
+def test_ends_of_the_thresholds(table: Manifold) -> None:
+    thresholds = table.thresholds.numpy()
+    assert thresholds.dtype == np.float32 and thresholds.shape == (INDEX_MAX + 2,)
+    assert thresholds[0] == 0 and thresholds[-1] == np.inf
+    assert (np.diff(thresholds[:-1]) > 0).all()
+
+
+@pytest.mark.parametrize("which", ["thresholds", "fixed"])
+def test_buckets_bracket_every_search(table: Manifold, which: str) -> None:
+    """The entry of any x in bucket b lies between ``buckets[b]`` and ``buckets[b + 1]``, both inclusive."""
+    if which == "thresholds":
+        buckets, keys = table.threshold_buckets.numpy(), table.thresholds.numpy()[:-1].astype(np.float64)
+    else:
+        buckets, keys = table.fixed_buckets.numpy(), table.fixed.numpy() / 2.0**FIXED_BITS
+    assert buckets.dtype == np.int32 and buckets.shape == (32770,)
+    edges = np.arange(32770) / 32768.0
+    assert (keys[buckets] <= edges).all()
+    later = buckets < INDEX_MAX
+    assert (keys[buckets[later] + 1] > edges[later]).all()
+    assert buckets[0] == 0 and (buckets[32768:] == INDEX_MAX).all()
+
+
+def _swapped(values: torch.Tensor) -> torch.Tensor:
+    values[[40_000, 40_001]] = values[[40_001, 40_000]]
+    values[[25_536, 25_535]] = values[[25_535, 25_536]]
+    return values
+
+
+def _with(at: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(values: torch.Tensor) -> torch.Tensor:
+        values[at] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_swapped, "not strictly increasing"),
+        (
+            lambda v: v[torch.cat([torch.arange(40_001), torch.tensor([40_000]), torch.arange(40_002, ENTRIES)])],
+            "increasing",
+        ),
+        (_with(50_000, math.nan), "non-finite"),
+        (_with(ENTRIES - 1, math.inf), "non-finite"),
+        (_with(0, -math.inf), "non-finite"),
+        (
+            lambda v: v.clone().index_put_((torch.tensor(50_000),), torch.nextafter(v[50_000], v[50_001])),
+            "antisymmetric",
+        ),
+        (lambda v: v - v[32769] / 4, "antisymmetric"),
+        (lambda v: v * 0.5, "largest entry"),
+        (lambda v: v.double(), "float64"),
+        (lambda v: v.half(), "float16"),
+        (lambda v: v[1:], "65535"),
+        (lambda v: v.view(2, -1), "32768"),
+        (lambda v: v * v.abs().pow(2), "fractional bits"),
+    ],
+)
+def test_from_values_refuses(change: Callable[[torch.Tensor], torch.Tensor], words: str) -> None:
+    broken = change(manifolds.build("linear").values.clone())
+    with pytest.raises(ManifoldError, match=words):
+        manifolds.from_values("broken", broken)
+
+
+def test_from_values_accepts_its_own_table_and_keeps_a_copy(table: Manifold) -> None:
+    source = table.values.clone()
+    again = manifolds.from_values("again", source)
+    source.zero_()
+    assert again.name == "again" and again.sha256 == table.sha256
+    for field in ("values", "fixed", "thresholds", "threshold_buckets", "fixed_buckets"):
+        assert torch.equal(getattr(again, field), getattr(table, field)), field
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ManifoldError, match=r"'prime'.*prime-harmonic, linear"):
+        manifolds.build("prime")
+
+
+def test_build_is_shared_and_immutable(table: Manifold) -> None:
+    assert manifolds.build(table.name) is manifolds.build(table.name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        table.name = "other"  # type: ignore[misc]
+
+
+def test_the_default_is_not_built_a_second_time() -> None:
+    assert manifolds.build() is manifolds.build(manifolds.DEFAULT)
+
+
+def test_to_moves_every_table(table: Manifold) -> None:
+    assert table.to("cpu") is table
+    moved = table.to("meta")
+    assert (moved.name, moved.sha256) == (table.name, table.sha256)
+    for field in dataclasses.fields(Manifold):
+        before = getattr(table, field.name)
+        if isinstance(before, torch.Tensor):
+            after = getattr(moved, field.name)
+            assert after.device.type == "meta" and after.dtype == before.dtype and after.shape == before.shape
+    assert moved.to("meta") is moved
