@@ -1,19 +1,19 @@
 """Layers whose weights are grid indices, and the votes that move them.
 
 A ``GhostGrid`` holds one weight matrix: int16 indices ``(out, in)`` into the manifold and a float32 scale per row;
-weight = manifold[index] * scale[row]. ``GhostLinearTandem``, ``GhostEmbedding`` and ``ghost_cross_entropy`` are three uses
-of a grid; a tied head is the same grid in two places, with one vote buffer.
+weight = manifold[index] * scale[row]. ``GhostLinearTandem``, ``GhostEmbedding`` and ``ghost_cross_entropy`` are three
+uses of a grid; a tied head is the same grid in two places, with one vote buffer.
 
 Nothing dense outlives its use. The forward pass dequantizes a slice of rows, multiplies, drops it; the backward pass
 dequantizes it again for the gradient of the input, and turns the slice's weight gradient into integer votes at once.
 Votes are cast in the backward pass only, so recomputing a forward pass (gradient checkpointing) never votes twice.
 
-Who may vote is explicit: a grid votes while it is unlocked (its buffer exists) and its ``Ballot`` is open. Flags such as
-``requires_grad`` have no say over integers. Closed, the same modules are an ordinary frozen network, and a locked grid costs
-no weight gradient; nothing below the lowest open grid is visited by the backward pass at all.
+Who may vote is explicit: a grid votes while it is unlocked (its buffer exists) and its ``Ballot`` is open. Flags such
+as ``requires_grad`` have no say over integers. Closed, the same modules are an ordinary frozen network, and a locked
+grid costs no weight gradient; nothing below the lowest open grid is visited by the backward pass at all.
 
-The rule ``momentum`` (kernels in ``ghost_kernels``; it divides before it averages, as LaProp does, arXiv 2002.04839, with
-one second moment per row, as Adam-mini does, arXiv 2406.16793), for K micro-batches a step:
+The rule ``momentum`` (kernels in ``ghost_kernels``; it divides before it averages, as LaProp does, arXiv 2002.04839,
+with one second moment per row, as Adam-mini does, arXiv 2406.16793), for K micro-batches a step:
 
     rms[row]  = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
     votes    -= SR((1 - β) · U · g / (K · rms[row]))                       each micro-batch
@@ -116,17 +116,44 @@ def tensor_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 
+@dataclass
+class VoteState:
+    """What the rule keeps of an unlocked grid.
+
+    Attributes:
+        votes: int16 ``(out, in)``.
+        row_squares: int64 ``(out,)``: this step's sum of squared votes, 12 fractional bits each.
+        r2: float32 ``(out,)``: running mean square of the row's gradient, before bias correction.
+        observations: how many steps ``r2`` has seen.
+        anchor: a scalar that makes autograd visit the grid's backward though nothing there is a float parameter.
+    """
+
+    votes: torch.Tensor
+    row_squares: torch.Tensor
+    r2: torch.Tensor
+    observations: int
+    anchor: torch.Tensor
+
+    @staticmethod
+    def empty(indices: torch.Tensor) -> VoteState:
+        """No votes and no observation yet, for indices ``(out, in)``."""
+        rows, device = len(indices), indices.device
+        return VoteState(
+            votes=torch.zeros_like(indices),
+            row_squares=torch.zeros(rows, dtype=torch.int64, device=device),
+            r2=torch.zeros(rows, dtype=torch.float32, device=device),
+            observations=0,
+            anchor=torch.zeros((), device=device, requires_grad=True),
+        )
+
+
 class GhostGrid(nn.Module):
     """One discrete weight matrix.
 
     Buffers:
         indices: int16 ``(out, in)``, -32767 to 32767.
         scale: float32 ``(out,)``, positive; never trained.
-    While unlocked also:
-        votes: int16 ``(out, in)``.
-        row_squares: int64 ``(out,)``: this step's sum of squared votes, 12 fractional bits each.
-        r2: float32 ``(out,)``: running mean square of the row's gradient, before bias correction.
-        observations: how many steps ``r2`` has seen.
+    While unlocked also ``state``, a :class:`VoteState`.
     """
 
     indices: torch.Tensor
@@ -139,13 +166,9 @@ class GhostGrid(nn.Module):
         self.ballot = ballot or Ballot()
         self.register_buffer("indices", torch.zeros(out_features, in_features, dtype=torch.int16))
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
-        self.votes: torch.Tensor | None = None
-        self.row_squares: torch.Tensor | None = None
-        self.r2: torch.Tensor | None = None
-        self.observations = 0
+        self.state: VoteState | None = None
         self._inverse_scale: torch.Tensor | None = None
         self._yardstick: tuple[tuple[int, int, MomentumRule], torch.Tensor] | None = None
-        self._anchor: torch.Tensor | None = None
 
     # -- the weight -------------------------------------------------------------------------------------------------
 
@@ -193,7 +216,7 @@ class GhostGrid(nn.Module):
 
     @torch.no_grad()
     def import_weights(self, weights: torch.Tensor, headroom: float = HEADROOM) -> kernels.SnapReport:
-        """Set scale and indices to the nearest entries of a dense matrix; float ``(out, in)``, finite. Slice by slice."""
+        """Set scale and indices to the nearest entries of a dense matrix, float ``(out, in)``, finite."""
         if tuple(weights.shape) != self.shape:
             raise GhostError(f"weights have shape {tuple(weights.shape)}, expected {self.shape}")
         self.scale.copy_(kernels.row_scales(weights, headroom))
@@ -215,46 +238,54 @@ class GhostGrid(nn.Module):
     @property
     def unlocked(self) -> bool:
         """Whether the grid has a vote buffer."""
-        return self.votes is not None
+        return self.state is not None
+
+    @property
+    def votes(self) -> torch.Tensor | None:
+        """The vote buffer, int16 ``(out, in)``, or None while locked."""
+        return None if self.state is None else self.state.votes
+
+    @property
+    def waiting(self) -> bool:
+        """Unlocked, but without the first observation that its yardstick needs."""
+        return self.state is not None and self.state.observations == 0
 
     def unlock(self) -> None:
         """Allocate an empty vote buffer and row state; a grid that is already unlocked keeps its own."""
-        if self.votes is None:
-            rows = self.shape[0]
-            device = self.indices.device
-            self.votes = torch.zeros_like(self.indices)
-            self.row_squares = torch.zeros(rows, dtype=torch.int64, device=device)
-            self.r2 = torch.zeros(rows, dtype=torch.float32, device=device)
-            self.observations = 0
-            self._anchor = torch.zeros((), device=device, requires_grad=True)
+        if self.state is None:
+            self.state = VoteState.empty(self.indices)
 
     def lock(self) -> None:
         """Drop the vote buffer and the row state: nothing is hoarded behind a lock."""
-        self.votes = self.row_squares = self.r2 = self._anchor = self._yardstick = None
-        self.observations = 0
+        self.state = self._yardstick = None
 
     @property
     def anchor(self) -> torch.Tensor | None:
-        """A scalar that makes autograd visit this grid's backward though nothing here is a float parameter."""
-        return self._anchor if self.ballot.mode != "closed" else None
+        """The state's anchor while a gradient is wanted, else None: nothing below needs visiting for this grid."""
+        return self.state.anchor if self.state is not None and self.ballot.mode != "closed" else None
 
     def wants_gradient(self) -> bool:
         """Whether the running backward pass should compute this grid's weight gradient."""
-        if self.votes is None or self.ballot.mode == "closed":
+        if self.state is None or self.ballot.mode == "closed":
             return False
-        return self.observations == 0 if self.ballot.mode == "measure" else self.observations > 0
+        return self.waiting == (self.ballot.mode == "measure")
+
+    def _open_state(self) -> VoteState:
+        if self.state is None:
+            raise GhostError(f"{self.name or 'the grid'} is locked: it has no votes")
+        return self.state
 
     def yardstick(self) -> torch.Tensor:
         """Votes per unit of gradient for each row, float32 ``(out,)``; 0 for a tensor that has seen no gradient."""
-        ballot = self.ballot
-        key = (self.observations, ballot.micro_batches, ballot.rule)
+        ballot, state = self.ballot, self._open_state()
+        key = (state.observations, ballot.micro_batches, ballot.rule)
         if self._yardstick is None or self._yardstick[0] != key:
             rule = ballot.rule
-            corrected = self.r2 / (1 - rule.beta2**self.observations)
-            seen = corrected > 0
-            tensor_rms = corrected.sum().div(seen.sum().clamp(min=1)).sqrt()
+            corrected = state.r2 / (1.0 - rule.beta2**state.observations)
+            seen = (corrected > 0).sum().clamp(min=1)
+            tensor_rms = corrected.sum().div(seen).sqrt()
             rms = torch.maximum(corrected.sqrt(), rule.floor * tensor_rms)
-            value = (1 - rule.beta) * ballot.units.unit / ballot.micro_batches / rms
+            value = (1.0 - rule.beta) * ballot.units.unit / ballot.micro_batches / rms
             value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max)
             self._yardstick = (key, value)
         return self._yardstick[1]
@@ -267,7 +298,7 @@ class GhostGrid(nn.Module):
             rows: int64 ``(n,)``, each row at most once.
             use: tells two uses of one grid (head and embedding) apart in the random draw.
         """
-        ballot = self.ballot
+        ballot, state = self.ballot, self._open_state()
         gradient = gradient.float().contiguous()
         # One sum is the cheapest test: it is finite only if every element is.
         if not math.isfinite(gradient.sum().item()):
@@ -275,41 +306,41 @@ class GhostGrid(nn.Module):
             return
         if ballot.mode == "measure":
             # Row statistics in votes' units would need the yardstick that this pass is to find.
-            self.r2[rows] += (1 - ballot.rule.beta2) * gradient.square().mean(1)
+            state.r2[rows] += (1 - ballot.rule.beta2) * gradient.square().mean(1)
             return
-        keys = kernels.hash_keys(ballot.seed, ballot.step, ballot.micro_batch, tensor_id(self.name), use)
         kernels.cast_votes(
             gradient,
             rows,
             self.yardstick(),
-            self.votes,
-            self.row_squares,
-            keys=keys,
+            state.votes,
+            state.row_squares,
+            keys=kernels.hash_keys(ballot.seed, ballot.step, ballot.micro_batch, tensor_id(self.name), use),
             limit=ballot.units.limit,
             sign=-1 if ballot.mode == "retract" else 1,
             backend=ballot.backend,
         )
 
     def finish_measuring(self) -> None:
-        """Close a measuring pass: a tensor that saw any gradient has its first observation."""
-        if self.votes is not None and self.observations == 0 and bool((self.r2 > 0).any()):
-            self.observations = 1
+        """Close a measuring pass: a tensor that saw any gradient has its first observation; one that met a non-finite
+        gradient begins again."""
+        state = self._open_state()
+        if self.name in self.ballot.non_finite:
+            state.r2.zero_()
+        elif self.waiting and bool((state.r2 > 0).any()):
+            state.observations = 1
 
     def apply_votes(self, rate: float) -> tuple[int, int]:
-        """Move the weights by their votes; integers only. Returns (flips, travel), see ``ghost_kernels.apply_votes``."""
-        if self.votes is None:
-            raise GhostError(f"{self.name} is locked: it has no votes to apply")
-        ballot = self.ballot
+        """Move the weights by their votes, with integers only; (flips, travel) as ``ghost_kernels.apply_votes``."""
+        ballot, state = self.ballot, self._open_state()
         if self._inverse_scale is None or self._inverse_scale.device != self.scale.device:
             self._inverse_scale = kernels.inverse_scales(self.scale)
         name = tensor_id(self.name)
         draw = kernels.hash_keys(ballot.seed, ballot.step, -1, name)
         fade = kernels.hash_keys(ballot.seed, ballot.step, -2, name)
-        stride = kernels.integer_strides(self._inverse_scale, rate, ballot.units.unit)
         return kernels.apply_votes(
             self.indices,
-            self.votes,
-            stride,
+            state.votes,
+            kernels.integer_strides(self._inverse_scale, rate, ballot.units.unit),
             self.tables(),
             keys=(*draw, *fade),
             decay=ballot.rule.decay,
@@ -319,38 +350,39 @@ class GhostGrid(nn.Module):
 
     def update_yardstick(self) -> None:
         """Fold the step's row statistics into ``r2``; the next step's votes are measured by them."""
-        if self.votes is None or self.observations == 0:
+        if self.state is None or self.waiting:
             return
-        ballot = self.ballot
+        ballot, state = self.ballot, self.state
         beta2 = ballot.rule.beta2
         yard = self.yardstick().double()
-        squares = self.row_squares.double() / 4.0 ** (16 - kernels.STAT_SHIFT)
+        squares = state.row_squares.double() / 4.0 ** (16 - kernels.STAT_SHIFT)
         mean = squares / (self.shape[1] * ballot.micro_batches) / yard.square()
         mean = torch.where(yard > 0, mean, 0.0)
-        self.r2.copy_(beta2 * self.r2.double() + (1 - beta2) * mean)
-        self.row_squares.zero_()
-        self.observations += 1
+        state.r2.copy_(beta2 * state.r2.double() + (1.0 - beta2) * mean)
+        state.row_squares.zero_()
+        state.observations += 1
 
     def vote_state(self) -> dict[str, torch.Tensor]:
-        """Everything the rule needs to continue: empty while locked."""
-        if self.votes is None:
+        """Everything the rule needs to continue, by reference; empty while locked."""
+        if self.state is None:
             return {}
         return {
-            "votes": self.votes,
-            "r2": self.r2,
-            "row_squares": self.row_squares,
-            "observations": torch.tensor(self.observations, dtype=torch.int64),
+            "votes": self.state.votes,
+            "r2": self.state.r2,
+            "row_squares": self.state.row_squares,
+            "observations": torch.tensor(self.state.observations, dtype=torch.int64),
         }
 
     def load_vote_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore :meth:`vote_state`; an empty one locks the grid."""
+        """Restore :meth:`vote_state` (copied); an empty one locks the grid."""
         self.lock()
         if state:
             self.unlock()
-            self.votes.copy_(state["votes"])
-            self.r2.copy_(state["r2"])
-            self.row_squares.copy_(state["row_squares"])
-            self.observations = int(state["observations"])
+            mine = self._open_state()
+            mine.votes.copy_(state["votes"])
+            mine.r2.copy_(state["r2"])
+            mine.row_squares.copy_(state["row_squares"])
+            mine.observations = int(state["observations"])
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, {self.manifold.name}, {'unlocked' if self.unlocked else 'locked'}"
@@ -422,8 +454,8 @@ class _EmbeddingFunction(torch.autograd.Function):
 class _CrossEntropyFunction(torch.autograd.Function):
     """Summed cross-entropy of ``x @ W.T`` against targets, by slices of the vocabulary; logits never exist whole.
 
-    Forward keeps a running maximum and sum (online softmax, Milakov and Gimelshein 2018); backward computes each slice's
-    logits again. One extra product of the head buys the memory of logits, their gradient and the dense head.
+    Forward keeps a running maximum and sum (online softmax, Milakov and Gimelshein 2018); backward computes each
+    slice's logits again. One extra product of the head buys the memory of logits, their gradient and the dense head.
     """
 
     @staticmethod
@@ -535,7 +567,7 @@ def name_grids(model: nn.Module, ballot: Ballot) -> None:
 
 @dataclass(frozen=True)
 class Movement:
-    """What one step did to a grid: flipped weights of all, and the mean distance they were sent, in units of the scale."""
+    """What one step did to a grid: how many weights flipped, and how far these were sent, in units of their scale."""
 
     weights: int
     flips: int

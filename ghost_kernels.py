@@ -17,7 +17,8 @@ SR unbiased stochastic rounding, U the votes per row RMS (``VoteUnits.unit``):
 Casting reads a float gradient and is the last place where a float occurs: ``apply_votes`` is integers from end to end,
 in both backends. Randomness is a hash of (two 32-bit keys, the element's position in the whole tensor); keys come from
 (seed, step, micro-batch, tensor), so no bit depends on slices, threads, device or the order of micro-batches.
-Sums cannot overflow: a vote is limited to what K of them may add up to (``VoteUnits.limit``), and is clipped, not wrapped.
+Sums cannot overflow: a vote is limited to what K of them may add up to (``VoteUnits.limit``), and is clipped, not
+wrapped.
 
 Rejected: normalising a micro-batch by its own gradient's RMS (a row that sees only noise would vote as loud as one with
 signal); float noise from a generator (its bits depend on device and order); numba's own thread pool (not safe to enter
@@ -26,6 +27,7 @@ from the autograd thread beside the main one: a plain pool of threads over rows 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -240,7 +242,7 @@ def _run_rows(function: Callable[..., None], rows: int, elements: int, *argument
         _pool = ThreadPoolExecutor(threads, thread_name_prefix="ghost")
         _pool_size = threads
     edges = [rows * t // threads for t in range(threads + 1)]
-    waiting = [_pool.submit(function, *arguments, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    waiting = [_pool.submit(function, *arguments, a, b) for a, b in itertools.pairwise(edges)]
     for future in waiting:
         future.result()
 
@@ -419,8 +421,8 @@ def dequantize(
 def row_scales(weights: torch.Tensor, headroom: float) -> torch.Tensor:
     """Scale of each row: ``headroom`` times its largest magnitude, so that this weight can still grow by that factor.
 
-    A row of zeros takes the tensor's mean scale, so that it can learn in the units of its neighbours (1.0 where all rows
-    are zero). Scales stay normal float32 numbers.
+    A row of zeros takes the tensor's mean scale, so that it can learn in the units of its neighbours (1.0 where all
+    rows are zero). Scales stay normal float32 numbers.
 
     Args:
         weights: floating ``(out, in)``.

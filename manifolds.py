@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import heapq
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def _mirrored(half: np.ndarray) -> torch.Tensor:
 
 
 def prime_harmonic_seeds() -> np.ndarray:
-    """The positive entries before gaps are halved, float64, unsorted, in exact arithmetic order of the three families."""
+    """The positive entries before gaps are halved, float64, family after family."""
     nucleus = [math.pow(int(p), -1.05) for p in _primes(60_000)]
     harmonics = [1.0 / (1.2 * i) for i in range(2, 10_000)]
     tail = [i / 8192.0 for i in range(1, 8193)]
@@ -159,7 +160,7 @@ def prime_harmonic_seeds() -> np.ndarray:
 def _prime_harmonic() -> torch.Tensor:
     entries = np.unique(np.concatenate([[0.0], prime_harmonic_seeds()]).astype(np.float32)).tolist()
     # Largest gap first, the lower one of equals: the order is part of the table's definition.
-    gaps = [(a - b, a, b) for a, b in zip(entries[:-1], entries[1:], strict=True)]
+    gaps = [(a - b, a, b) for a, b in itertools.pairwise(entries)]
     heapq.heapify(gaps)
     while len(entries) < INDEX_MAX + 1:
         _, low, high = heapq.heappop(gaps)

@@ -13,8 +13,8 @@ Layout of the dict (every key is required; dtypes and shapes are checked on load
                       <module>.grid.scale     float32 (out,)
                       everything else (norms, biases): float32
                       a tied head is not listed: it is the embedding's grid
-    probes          {parameter name of the source: float32 (out,)}: each row of the source's weight times a fixed vector of
-                    signs (``probe_signs``), taken from the source itself before conversion; stage init only, else {}
+    probes          {parameter name of the source: float32 (out,)}: each row of the source's weight times a
+                    fixed vector of signs (``probe_signs``), taken before conversion; stage init only, else {}
     votes           {grid name: {"votes": int16 (out, in), "r2": float32 (out,), "row_squares": int64 (out,),
                     "observations": int64 ()}}; {} in stage init
     train_state     plain dict of step, tokens, cursor, rule and float optimizer; {} in stage init
@@ -23,9 +23,9 @@ Layout of the dict (every key is required; dtypes and shapes are checked on load
     created_by      {"program": str, "torch": str, ...}
 
 The file is torch's zip archive with the comment that ZIP allows at its end: ``qwen-prime sha256=<hex>`` over every byte
-before the comment. One changed or missing byte anywhere, in tensors, in the pickle or in the archive's own structure, is
-found before anything is unpickled; and torch, which ignores the comment, reads the file as ever. Loading maps the file and
-unpickles with ``weights_only=True``, so a checkpoint from a stranger cannot run code.
+before the comment. One changed or missing byte anywhere, in tensors, in the pickle or in the archive's own structure,
+is found before anything is unpickled; and torch, which ignores the comment, reads the file as ever. Loading maps the
+file and unpickles with ``weights_only=True``, so a checkpoint from a stranger cannot run code.
 
 Rejected: a sidecar file for the hash, which gets lost when a checkpoint is copied.
 """
@@ -82,11 +82,13 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().view(-1)
     raw = flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
     for start in range(0, raw.numel(), _HASH_CHUNK):
-        digest.update(raw[start : start + _HASH_CHUNK].numpy())
+        digest.update(raw[start : start + _HASH_CHUNK].numpy().data)
     return digest.hexdigest()
 
 
-def walk_tensors(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def walk_tensors(
+    tree: Mapping[Any, Any] | list[Any] | tuple[Any, ...], prefix: str = ""
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a nested dict (lists included) with its path, keys joined by ``/``."""
     items = tree.items() if isinstance(tree, Mapping) else ((str(i), v) for i, v in enumerate(tree))
     for key, value in items:
@@ -128,8 +130,8 @@ def created_by(program: str) -> dict[str, str]:
 def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
     """Write a checkpoint so that ``path`` is either the whole new file or what it was before.
 
-    Fills in ``sha256``. Written to a temporary file beside ``path``, fsynced, renamed over it, the folder fsynced; on any
-    error the temporary file is removed.
+    Fills in ``sha256``. Written to a temporary file beside ``path``, fsynced, renamed over it, the folder fsynced; on
+    any error the temporary file is removed.
 
     Returns:
         The file's SHA-256 (of everything before the closing comment).

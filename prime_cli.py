@@ -13,22 +13,26 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
-Config = TypeVar("Config")
 PositionalPath = Annotated[Path, tyro.conf.Positional]
 """A path given by its place on the command line."""
 
 
 def run(
-    config_class: type[Config],
-    main: Callable[[Config], int],
+    config_class: Any,
+    main: Callable[[Any], int],
     errors: tuple[type[Exception], ...],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parse, run, and turn errors into exit codes; ``errors`` are those whose message is meant for the user."""
+    """Parse, run, and turn errors into exit codes.
+
+    Args:
+        config_class: a dataclass, or a union of dataclasses that are subcommands.
+        errors: those whose message is meant for the user.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     complaint = io.StringIO()
     try:

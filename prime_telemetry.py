@@ -4,8 +4,8 @@
     RUN/stats.jsonl     one object a step
     RUN/events.jsonl    what happened beside the steps: start, save, skipped micro-batch, signal, end
 
-A line is written and flushed whole; a reader that comes in the middle of a write, or after a crash, sees a torn last line
-and leaves it for the next look. Numbers that JSON does not have (NaN, infinities) are written as null.
+A line is written and flushed whole; a reader that comes in the middle of a write, or after a crash, sees a torn last
+line and leaves it for the next look. Numbers that JSON does not have (NaN, infinities) are written as null.
 """
 
 from __future__ import annotations

@@ -246,9 +246,9 @@ def read_records(
     uses_split = bool(others) or any(labelled)
     if uses_split and not all(labelled):
         # Neither keeping nor dropping these silently is right: they could belong to either side.
-        for (file, line), has_split in zip(places, labelled, strict=True):
+        for (name, line), has_split in zip(places, labelled, strict=True):
             if not has_split:
-                refuse(file, line, 'no "split" key, while other rows have one')
+                refuse(name, line, 'no "split" key, while other rows have one')
         records = [r for r, has_split in zip(records, labelled, strict=True) if has_split]
         names = [n for n, has_split in zip(names, labelled, strict=True) if has_split]
 
@@ -338,7 +338,8 @@ def _rows_of_list(file: Path) -> Iterator[tuple[int, Any, str | None]]:
         )
 
     def skip(position: int) -> int:
-        return _SPACE.match(text, position).end()
+        found = _SPACE.match(text, position)
+        return found.end() if found else position
 
     position = skip(0)
     if text[position : position + 1] != "[":
@@ -608,7 +609,7 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[
         )
     # verbose=False: a text longer than the model's context is split later, the tokenizer need not warn of it.
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [Encoded([*ids, end], [True] * (len(ids) + 1)) for ids in batch]
+    return [Encoded([*ids, end], [True] * (len(ids) + 1)) for ids in batch]  # type: ignore[list-item]
 
 
 def _encode_conversations(
@@ -670,7 +671,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_p
     if tokenizer.chat_template is None:
         raise DataError("the tokenizer has no chat template, expected that of a Qwen2 or Qwen3 instruct model")
     try:
-        return tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
             [{"role": role, "content": content} for role, content in messages],
             tokenize=False,
             add_generation_prompt=generation_prompt,

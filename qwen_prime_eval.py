@@ -5,7 +5,8 @@
 
 ``--text`` scores a file in windows of the context length that do not overlap: the first token of each window is context
 only, every other token is scored, and bits per byte divides by the bytes of the text that the scored tokens stand for.
-``--data`` scores the answers of instruction records (those of split "eval" where records carry a split), packed as in training.
+``--data`` scores the answers of instruction records (those of split "eval" where records carry a split), packed as in
+training.
 """
 
 from __future__ import annotations
@@ -83,9 +84,11 @@ def score_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     }
 
 
-def score_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> dict[str, Any]:
+def score_data(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, config: EvalConfig
+) -> dict[str, Any]:
     """Loss of the answers of instruction records."""
-    records = read_records(config.data, split="eval")
+    records = read_records(data, split="eval")
     seq_len = min(config.seq_len, model.config.max_position_embeddings)
     encoded = encode_records(records, tokenizer, seq_len)
     log.info(describe(records, encoded))
@@ -109,8 +112,8 @@ def main(config: EvalConfig) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {config.text}: {error}") from error
         result = score_text(model, tokenizer, text)
-    else:
-        result = score_data(model, tokenizer, config)
+    elif config.data is not None:
+        result = score_data(model, tokenizer, config.data, config)
     scored = str(config.text or config.data)
     result = {"model": str(config.model), "kind": kind, "scored": scored, **result}
     result["seconds"] = round(time.perf_counter() - started, 2)

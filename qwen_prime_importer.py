@@ -3,9 +3,9 @@
     python qwen_prime_importer.py --model Qwen/Qwen2.5-Coder-1.5B-Instruct --output coder_prime_init.pt
 
 Each weight matrix is read alone, divided row by row by its scale (the row's largest magnitude times the headroom) and
-snapped to the nearest manifold entry; norms and biases are kept in float32. All checks of the source that need no weights
-(architecture, tensor names and shapes, tokenizer, free disk) come before the first weight is read, and the output appears
-only when it is whole. Works on the CPU with the indices and one tensor in memory.
+snapped to the nearest manifold entry; norms and biases are kept in float32. All checks of the source that need no
+weights (architecture, tensor names and shapes, tokenizer, free disk) come before the first weight is read, and the
+output appears only when it is whole. Works on the CPU with the indices and one tensor in memory.
 """
 
 from __future__ import annotations

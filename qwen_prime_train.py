@@ -2,13 +2,13 @@
 
     python qwen_prime_train.py --checkpoint coder_prime_init.pt --data records.jsonl --output-dir runs/coder
 
-A step is ``--grad-accum`` micro-batches. Each one's backward pass casts votes and leaves no weight gradient behind; at the
-end of the step the votes move the weights. Norms and biases, the only float parameters, follow a small AdamW. The loss of a
-step is the mean over all its answer tokens, however they are spread over micro-batches.
+A step is ``--grad-accum`` micro-batches. Each one's backward pass casts votes and leaves no weight gradient behind;
+at the end of the step the votes move the weights. Norms and biases, the only float parameters, follow a small AdamW.
+The loss of a step is the mean over all its answer tokens, however they are spread over micro-batches.
 
-A micro-batch whose loss or gradients are not finite leaves no trace: it is skipped, and if it broke in the middle of the
-backward pass the votes that it had cast are taken back by casting them again with the opposite sign. ``stats.jsonl`` gets one
-line a step; checkpoints are whole training states, and ``--resume`` goes on bit for bit.
+A micro-batch whose loss or gradients are not finite leaves no trace: it is skipped, and if it broke in the middle of
+the backward pass the votes that it had cast are taken back by casting them again with the opposite sign.
+``stats.jsonl`` gets one line a step; checkpoints are whole training states, and ``--resume`` goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class VoteTrainer:
 
     def _measure(self, batch: Batch, weight: float) -> None:
         """Give grids without an observation their first, from the step's first micro-batch; no votes."""
-        waiting = [g for g in self.grids.values() if g.unlocked and g.observations == 0]
+        waiting = [g for g in self.grids.values() if g.waiting]
         if not waiting:
             return
         self.ballot.open("measure", self.done, 0, self.config.grad_accum)
@@ -206,13 +206,9 @@ class VoteTrainer:
         loss = self._loss(batch)
         if math.isfinite(loss.item()):
             (loss * weight).backward()
-        for grid in waiting:
-            if grid.name in self.ballot.non_finite:
-                grid.lock()
-                grid.unlock()
-            grid.finish_measuring()
+            for grid in waiting:
+                grid.finish_measuring()
         self.ballot.close()
-        self.ballot.non_finite.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _cast(self, batch: Batch, k: int, weight: float) -> float | None:
@@ -378,9 +374,8 @@ def train(
             seconds = time.perf_counter() - started
             done = trainer.done
             last = done == config.steps or stop.signal is not None
-            evaluate = held is not None and (last or (config.eval_every and done % config.eval_every == 0))
             val_loss = None
-            if evaluate:
+            if held is not None and (last or (config.eval_every and done % config.eval_every == 0)):
                 rows = evaluation_batches(held, config.seq_len, config.batch_size, pad)
                 val_loss = mean_answer_loss(trainer.model, rows)[0]
             weights = sum(m.weights for m in result.moved.values())
@@ -434,7 +429,8 @@ def main(config: TrainConfig) -> int:
     else:
         checkpoint = load_checkpoint(source)
     tokenizer = tokenizer_from_checkpoint(checkpoint)
-    model = model_from_checkpoint(checkpoint).to(config.device)
+    model = model_from_checkpoint(checkpoint)
+    model.to(torch.device(config.device))  # type: ignore[arg-type]
     context = model.config.max_position_embeddings
     if config.seq_len > context:
         raise TrainError(f"seq-len is {config.seq_len}, the model's context {context}: choose at most that")

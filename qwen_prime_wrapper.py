@@ -1,12 +1,13 @@
 """transformers' own Qwen2 / Qwen3 model with its linears and embeddings swapped for ghost modules.
 
 The decoder is not written again: attention, rotary embedding, grouped queries, causal masks, cache, generation and chat
-template are transformers'. The model is built on the meta device, every ``nn.Linear`` and ``nn.Embedding`` is replaced by
-its ghost twin of the same name, and tensors are then assigned from a checkpoint, so nothing is allocated twice and no weight
-is initialised at random. A tied head is the embedding's grid: one index tensor, one vote buffer, two uses.
+template are transformers'. The model is built on the meta device, every ``nn.Linear`` and ``nn.Embedding`` is
+replaced by its ghost twin of the same name, and tensors are then assigned from a checkpoint, so nothing is allocated
+twice and no weight is initialised at random. A tied head is the embedding's grid: one index tensor, one vote buffer,
+two uses.
 
-Norm weights and biases stay float32 parameters. Any architecture made of linears and embeddings works by the same swap; the
-list below holds those that are tested.
+Norm weights and biases stay float32 parameters. Any architecture made of linears and embeddings works by the same
+swap; the list below holds those that are tested.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "con
 
 
 def swap_modules(model: PreTrainedModel, manifold: Manifold) -> None:
-    """Replace every ``nn.Linear`` and ``nn.Embedding`` of ``model`` by a ghost module on the same device; values are lost."""
+    """Replace every ``nn.Linear`` and ``nn.Embedding`` of ``model`` by a ghost module on the same device, without values."""
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for parent in list(model.modules()):
@@ -219,8 +220,8 @@ def model_from_checkpoint(checkpoint: dict[str, Any], *, copy: bool = True) -> P
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Tokenizer of a local folder.
 
-    transformers gives every ``qwen2`` folder a Qwen2Tokenizer, which silently wrecks other tokenizers; a folder that names
-    another class, or whose vocabulary is not Qwen's, is read as its tokenizer.json says.
+    transformers gives every ``qwen2`` folder a Qwen2Tokenizer, which silently wrecks other tokenizers; a folder that
+    names another class, or whose vocabulary is not Qwen's, is read as its tokenizer.json says.
 
     Raises:
         ModelError: no tokenizer there, or one that does not load.
@@ -260,7 +261,8 @@ def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> PreTrainedTokenizer
 
 
 def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """A PRIME checkpoint file or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for which.
+    """A PRIME checkpoint file or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for
+    which.
 
     Raises:
         CheckpointError, ModelError: with what is wrong.

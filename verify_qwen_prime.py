@@ -3,10 +3,11 @@
     python verify_qwen_prime.py coder_prime_init.pt
     python verify_qwen_prime.py coder_prime_init.pt --reference Qwen/Qwen2.5-Coder-1.5B-Instruct
 
-Without a reference: the file (hash, contract, tensor hashes), the manifold, every tensor, the votes, and the running model
-(logits finite, later tokens do not move earlier logits). A checkpoint straight from the importer also carries probes, one
-product per row taken from the source before conversion, so a lost bias, a permuted row or a wrong scale shows without the
-source. With a reference the model is compared with it on text: KL, loss, top-1 agreement, and SNR tensor by tensor.
+Without a reference: the file (hash, contract, tensor hashes), the manifold, every tensor, the votes, and the running
+model (logits finite, later tokens do not move earlier logits). A checkpoint straight from the importer also carries
+probes, one product per row taken from the source before conversion, so a lost bias, a permuted row or a wrong scale
+shows without the source. With a reference the model is compared with it on text: KL, loss, top-1 agreement, and SNR
+tensor by tensor.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +360,7 @@ def verify(config: VerifyConfig) -> list[Check]:
     wrong = changed_tensors(checkpoint)
     checks.append(Check("tensors.hash", not wrong, len(wrong), 0, ", ".join(wrong[:3])))
     for name, part in (("manifold", check_manifold), ("tensors", check_tensors), ("votes", check_votes)):
-        _guard(name, lambda part=part: part(checkpoint), checks)
+        _guard(name, partial(part, checkpoint), checks)
     if not all(c.passed for c in checks):
         return checks
 
@@ -374,10 +376,11 @@ def verify(config: VerifyConfig) -> list[Check]:
     if checkpoint["stage"] == "init":
         _guard("probes.match", lambda: check_probes(checkpoint, model), checks)
     _guard("model", lambda: check_forward(model), checks)
-    if config.reference is not None and tokenizer is not None:
+    reference = config.reference
+    if reference is not None and tokenizer is not None:
 
         def against_reference() -> list[Check]:
-            source, _, _ = load_model(config.reference)
+            source, _, _ = load_model(reference)
             strict = checkpoint["stage"] == "init"
             ids = torch.tensor(
                 tokenizer(reference_text(config), add_special_tokens=False)["input_ids"][: config.tokens]

@@ -1,7 +1,7 @@
 """The main job on the embedded model and data: import, verify, train by votes, verify, evaluate.
 
-Runs the suite's own commands as a user would type them, one after the other, and ends with what came of it. Everything is
-offline and goes to ``runs/demo``, which is replaced.
+Runs the suite's own commands as a user would type them, one after the other, and ends with what came of it.
+Everything is offline and goes to ``runs/demo``, which is replaced.
 """
 
 from __future__ import annotations

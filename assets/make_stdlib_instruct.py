@@ -131,7 +131,9 @@ def dedented(lines: list[str], node: Function) -> str | None:
     return source
 
 
-def _without_docstring(node: ast.AST) -> list[str]:
+def _without_docstring(node: ast.AST) -> list[str] | None:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return None
     body = [ast.dump(statement) for statement in node.body[1:]]
     return [ast.dump(node.args), *body]
 

@@ -72,10 +72,10 @@ def train_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]],
+        merges=model["merges"],
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type]
         additional_special_tokens=SPECIAL_TOKENS,
         model_max_length=CONTEXT,
     )
@@ -97,9 +97,9 @@ def model_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        bos_token_id=tokenizer.vocab["<|endoftext|>"],
+        eos_token_id=tokenizer.vocab["<|im_end|>"],
+        pad_token_id=tokenizer.vocab["<|endoftext|>"],
     )
 
 
@@ -123,7 +123,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
@@ -131,6 +131,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in shapes.items():
                 updates = []
                 for p in parameters:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))
@@ -223,7 +224,7 @@ def train(model: Qwen2ForCausalLM, documents: list[torch.Tensor], probe, args: a
         done, step = state["done"], state["step"]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.autocast or device.type == "cuda")
     long_from = 0.75 * args.tokens
-    source, window = None, 0
+    window = 0
     bar = tqdm(total=args.tokens, initial=done, unit="tok", unit_scale=True, desc="train")
     smooth = None
     while done < args.tokens:

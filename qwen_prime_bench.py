@@ -1,0 +1,298 @@
+"""Measurements, each with the machine, the versions and the commit it was taken on.
+
+    python qwen_prime_bench.py kernels
+    python qwen_prime_bench.py import --geometry Qwen2.5-Coder-1.5B
+
+``kernels`` times every hot operation against what it replaces, alternating in one process, medians over rounds: machines
+are shared, so the ratio within a round counts, not the time. ``import`` writes a model folder of a real geometry with random
+weights and converts it in a process of its own, whose time and peak memory are reported. Nothing here runs in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import ghost_kernels as kernels
+import manifolds
+import prime_cli
+from qwen_prime_wrapper import build_model, expected_tensors, source_name
+
+log = logging.getLogger("bench")
+
+ROOT = Path(__file__).resolve().parent
+_COMMON = {
+    "hidden_act": "silu",
+    "num_hidden_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "torch_dtype": "bfloat16",
+}
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-Coder-1.5B": {
+        **_COMMON,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+    },
+    "Qwen3-1.7B": {
+        **_COMMON,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+    },
+}
+
+
+class BenchError(RuntimeError):
+    """A measurement that cannot be made here."""
+
+
+@dataclass(frozen=True)
+class ImportBench:
+    """Convert a folder of a real geometry with random weights."""
+
+    geometry: Literal["Qwen2.5-Coder-1.5B", "Qwen3-1.7B"] = "Qwen2.5-Coder-1.5B"
+    """Shapes of this model."""
+    folder: Path = Path("runs/bench_import")
+    """Where the model folder (3 to 4 GB) and the checkpoint (as large) go."""
+    keep: bool = False
+    """Keep both afterwards."""
+    json: Path | None = None
+    """Also write the result as JSON."""
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """Time snap, dequantize, cast and apply against what they replace."""
+
+    rows: int = 4096
+    """Rows of the matrix."""
+    columns: int = 2048
+    """Columns of the matrix."""
+    rounds: int = 7
+    """Rounds; medians are reported."""
+    json: Path | None = None
+    """Also write the result as JSON."""
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.columns, self.rounds) < 1:
+            raise ValueError("rows, columns and rounds are expected to be at least 1")
+
+
+BenchConfig = (
+    Annotated[ImportBench, tyro.conf.subcommand("import")] | Annotated[KernelBench, tyro.conf.subcommand("kernels")]
+)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure belongs to."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+# -- import -----------------------------------------------------------------------------------------------------------
+
+
+def make_folder(geometry: str, folder: Path) -> int:
+    """Write a bf16 model folder of that geometry with random weights in shards; returns its parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = GEOMETRIES[geometry]
+    model = build_model(config, manifolds.build())
+    shapes = {source_name(n): s for n, (s, _) in expected_tensors(model).items() if not n.endswith(".grid.scale")}
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    weight_map: dict[str, str] = {}
+    pending = list(shapes.items())
+    with tqdm(total=sum(math.prod(s) for s in shapes.values()), unit="weight", unit_scale=True, desc="make") as bar:
+        for number in range(len(pending)):
+            name, shape = pending[number]
+            norm = len(shape) == 1 and "norm" in name
+            value = torch.empty(shape, dtype=torch.bfloat16)
+            value.fill_(1.0) if norm else value.normal_(0, 0.02, generator=generator)
+            shard[name] = value
+            bar.update(value.numel())
+            if sum(v.numel() for v in shard.values()) > 4e8 or number == len(pending) - 1:
+                file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+                save_file(shard, folder / file, metadata={"format": "pt"})
+                weight_map.update(dict.fromkeys(shard, file))
+                shard.clear()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = ROOT / "assets" / "tiny_coder"
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if not (tokenizer / file).is_file():
+            raise BenchError(f"{tokenizer / file} is missing: restore the assets folder")
+        shutil.copy(tokenizer / file, folder)
+    return sum(math.prod(s) for s in shapes.values())
+
+
+def bench_import(config: ImportBench) -> dict[str, Any]:
+    """Time and peak memory of a conversion, the writing of the checkpoint included."""
+    folder = config.folder / config.geometry
+    parameters = make_folder(config.geometry, folder)
+    output, report = config.folder / f"{config.geometry}_prime_init.pt", config.folder / "report.json"
+    command = [sys.executable, str(ROOT / "qwen_prime_importer.py"), "--model", str(folder), "--output", str(output)]
+    started = time.perf_counter()
+    result = subprocess.run([*command, "--report", str(report), "--force"])
+    seconds = time.perf_counter() - started
+    if result.returncode:
+        raise BenchError(f"the importer failed with exit code {result.returncode}")
+    written = json.loads(report.read_text())
+    figures = {
+        "geometry": config.geometry,
+        "parameters": parameters,
+        "seconds, process": round(seconds, 1),
+        "peak resident memory, GB": round(written["peak_rss_bytes"] / 1e9, 2),
+        "source, GB": round(sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e9, 2),
+        "checkpoint, GB": round(output.stat().st_size / 1e9, 2),
+        "lowest SNR, dB": written["lowest_snr_db"],
+    }
+    if not config.keep:
+        shutil.rmtree(config.folder)
+    return figures
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def alternate(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function; one call of each per round, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in tqdm(range(rounds + 1), desc="kernels", leave=False, disable=None):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench_kernels(config: KernelBench) -> dict[str, Any]:
+    """Nanoseconds per weight of each kernel and of the operation it is measured against."""
+    rows, columns = config.rows, config.columns
+    table = manifolds.build()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(rows, columns, generator=generator) * 0.02
+    gradient = torch.randn(rows, columns, generator=generator) * 1e-3
+    scale = kernels.row_scales(weights, 1.25)
+    indices, _ = kernels.snap(weights, scale, table)
+    normal = weights / scale[:, None]
+    out = torch.empty_like(weights)
+    units = kernels.VoteUnits.for_int16(32)
+    yardstick = torch.full((rows,), 0.3 * units.unit / 32 / 1e-3)
+    votes = torch.zeros(rows, columns, dtype=torch.int16)
+    squares = torch.zeros(rows, dtype=torch.int64)
+    every = torch.arange(rows)
+    for k in range(32):
+        kernels.cast_votes(gradient, every, yardstick, votes, squares, keys=kernels.hash_keys(k), limit=units.limit)
+    stride = kernels.integer_strides(kernels.inverse_scales(scale), 1e-4, units.unit)
+    saved = indices.clone(), votes.clone()
+    scratch = indices.clone(), votes.clone()
+    tokens, inputs = torch.randn(512, rows), torch.randn(512, columns)
+
+    def restore() -> None:
+        scratch[0].copy_(saved[0])
+        scratch[1].copy_(saved[1])
+
+    def apply(backend: str) -> None:
+        restore()
+        kernels.apply_votes(*scratch, stride, table, keys=(1, 2, 3, 4), decay=45875, carry=units.carry, backend=backend)
+
+    def cast(backend: str) -> None:
+        kernels.cast_votes(
+            gradient, every, yardstick, scratch[1], squares, keys=(1, 2), limit=units.limit, backend=backend
+        )
+
+    short = alternate(
+        {
+            "snap": lambda: kernels.snap(weights, scale, table, out=scratch[0]),
+            "torch.searchsorted": lambda: torch.searchsorted(table.values, normal),
+            "dequantize": lambda: kernels.dequantize(saved[0], scale, table, out=out),
+            "copy of its output": lambda: out.copy_(weights),
+            "cast votes": lambda: cast("numba"),
+            "cast votes, torch": lambda: cast("torch"),
+            "weight gradient of 512 tokens": lambda: tokens.T @ inputs,
+            "apply votes (with restoring)": lambda: apply("numba"),
+            "apply votes, torch (with restoring)": lambda: apply("torch"),
+            "restoring its state": restore,
+        },
+        config.rounds,
+    )
+    figures: dict[str, Any] = {f"{n}, ns per weight": round(t / weights.numel() * 1e9, 3) for n, t in short.items()}
+    figures["snap, million weights per second"] = round(weights.numel() / short["snap"] / 1e6, 1)
+    figures["snap against searchsorted"] = round(short["torch.searchsorted"] / short["snap"], 1)
+    figures["dequantize against copy"] = round(short["copy of its output"] / short["dequantize"], 2)
+    figures["cast, share of its matrix product"] = round(
+        short["cast votes"] / short["weight gradient of 512 tokens"], 3
+    )
+    return figures
+
+
+def main(config: BenchConfig) -> int:
+    where = machine()
+    figures = bench_import(config) if isinstance(config, ImportBench) else bench_kernels(config)
+    table = Table(title=", ".join(f"{k} {v}" for k, v in where.items() if v is not None), title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+    if config.json:
+        config.json.write_text(json.dumps({"machine": where, **figures}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        prime_cli.run(
+            BenchConfig,
+            main,
+            (BenchError, OSError),
+        )
+    )
