@@ -219,8 +219,8 @@ def check_file(path: Path | str) -> str:
             found = _COMMENT.match(file.read())
             if found is None:
                 raise CheckpointError(
-                    f"{path} does not end with the hash of a PRIME checkpoint: truncated, changed, or written by another "
-                    "program; expected a file from qwen_prime_importer.py or qwen_prime_train.py"
+                    f"{path} does not end with the hash of a PRIME checkpoint: truncated, changed, or written by "
+                    "another program; expected a file from qwen_prime_importer.py or qwen_prime_train.py"
                 )
             digest = _digest(file, size - _COMMENT_LENGTH)
     except OSError as error:
@@ -228,7 +228,8 @@ def check_file(path: Path | str) -> str:
     recorded = found.group(1).decode()
     if digest != recorded:
         raise CheckpointError(
-            f"{path} is damaged: its bytes hash to {digest[:16]}..., recorded is {recorded[:16]}...; copy or import it again"
+            f"{path} is damaged: its bytes hash to {digest[:16]}..., recorded is {recorded[:16]}...; "
+            "copy or import it again"
         )
     return digest
 
@@ -269,7 +270,7 @@ def check_contract(checkpoint: Any, where: str) -> None:
         raise CheckpointError(f"{where} has format {checkpoint.get('format')!r}, expected {FORMAT!r}")
     if checkpoint.get("version") != VERSION:
         raise CheckpointError(
-            f"{where} has version {checkpoint.get('version')!r}, this suite reads {VERSION}: use the suite that wrote it"
+            f"{where} has version {checkpoint.get('version')!r}, expected {VERSION}: use the suite that wrote it"
         )
     for key, kind in _KEYS.items():
         if not isinstance(checkpoint.get(key), kind):

@@ -3,9 +3,10 @@
     python qwen_prime_bench.py kernels
     python qwen_prime_bench.py import --geometry Qwen2.5-Coder-1.5B
 
-``kernels`` times every hot operation against what it replaces, alternating in one process, medians over rounds: machines
-are shared, so the ratio within a round counts, not the time. ``import`` writes a model folder of a real geometry with random
-weights and converts it in a process of its own, whose time and peak memory are reported. Nothing here runs in the tests.
+``kernels`` times every hot operation against what it replaces, alternating in one process, medians over rounds:
+machines are shared, so the ratio within a round counts, not the time. ``import`` writes a model folder of a real
+geometry with random weights and converts it in a process of its own, whose time and peak memory are reported. Nothing
+here runs in the tests.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "con
 
 
 def swap_modules(model: PreTrainedModel, manifold: Manifold) -> None:
-    """Replace every ``nn.Linear`` and ``nn.Embedding`` of ``model`` by a ghost module on the same device, without values."""
+    """Replace every ``nn.Linear`` and ``nn.Embedding`` of ``model`` by a ghost module on the current device, empty."""
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for parent in list(model.modules()):

@@ -85,6 +85,13 @@ class Check:
     detail: str = ""
 
 
+def short(name: str) -> str:
+    """A tensor's name without what all of them share."""
+    for part in ("model.", ".grid.indices", ".grid", ".weight"):
+        name = name.removeprefix(part).removesuffix(part)
+    return name
+
+
 # -- what needs only the tensors --------------------------------------------------------------------------------------
 
 
@@ -94,7 +101,7 @@ def check_manifold(checkpoint: dict[str, Any]) -> list[Check]:
     values = recorded["values"]
     steps = values.diff()
     falling = int((~(steps > 0)).sum())
-    checks = [Check("manifold.monotone", falling == 0, falling, 0, "entries that do not exceed the one before")]
+    checks = [Check("manifold.monotone", falling == 0, falling, 0, "steps that do not rise")]
     if recorded["name"] not in manifolds.NAMES:
         known = ", ".join(manifolds.NAMES)
         checks.append(Check("manifold.recorded", False, recorded["name"], known, "unknown name"))
@@ -117,7 +124,7 @@ def check_tensors(checkpoint: dict[str, Any]) -> list[Check]:
     word = "tied" if tied else "untied"
     checks = [
         Check("tensors.fit_config", not wrong, len(wrong), 0, "; ".join(wrong[:3])),
-        Check("tensors.head", listed != tied, f"{'own' if listed else 'no'} head", f"config says {word}"),
+        Check("tensors.head", listed != tied, f"{'own' if listed else 'no'} head", word),
     ]
     scales = {n: t for n, t in tensors.items() if n.endswith(".grid.scale")}
     floats = {n: t for n, t in tensors.items() if not n.endswith((".grid.scale", ".grid.indices"))}
@@ -128,7 +135,7 @@ def check_tensors(checkpoint: dict[str, Any]) -> list[Check]:
     checks.append(Check("floats.finite", not bad_floats, len(bad_floats), 0, ", ".join(bad_floats[:3])))
     unused = {n: damaged_indices(t) for n, t in indices.items()}
     checks.append(
-        Check("indices.range", not any(unused.values()), sum(unused.values()), 0, "indices that nothing ever writes")
+        Check("indices.range", not any(unused.values()), sum(unused.values()), 0, "of -32768, which nothing writes")
     )
     entropies = {n: coarse_entropy(t) for n, t in indices.items()}
     known = {n: e for n, e in entropies.items() if e is not None}
@@ -140,7 +147,7 @@ def check_tensors(checkpoint: dict[str, Any]) -> list[Check]:
             value >= COARSE_ENTROPY_LIMIT,
             round(value, 2) if lowest else None,
             COARSE_ENTROPY_LIMIT,
-            f"lowest entropy of the coarse coordinate in bits, {lowest}" if lowest else "all weights are zero",
+            f"coarse entropy in bits, {short(lowest)}" if lowest else "all weights are zero",
         )
     )
     return checks
@@ -165,7 +172,7 @@ def check_votes(checkpoint: dict[str, Any]) -> Check:
     votes = checkpoint["votes"]
     if checkpoint["stage"] == "init":
         left = sorted(votes) + (["train_state"] if checkpoint["train_state"] else [])
-        return Check("votes.absent", not left, len(left), 0, "leftovers in an init checkpoint: " + ", ".join(left[:3]))
+        return Check("votes.absent", not left, len(left), 0, ", ".join(left[:3]))
     bad = [n for n, s in votes.items() if bool((s["r2"] < 0).any()) or not bool(torch.isfinite(s["r2"]).all())]
     return Check("votes.sound", not bad, len(bad), 0, ", ".join(bad[:3]) or f"{len(votes)} grids are open")
 
@@ -195,9 +202,9 @@ def check_probes(checkpoint: dict[str, Any], model: PreTrainedModel) -> Check:
         off = torch.where(torch.isfinite(off), off, torch.inf)
         at = int(off.argmax())
         if float(off[at]) > worst:
-            worst, where = float(off[at]), f"{origin} row {at}"
+            worst, where = float(off[at]), f"{short(origin)} row {at}"
     return Check(
-        "probes.match", worst <= ROW_NOISE_LIMIT, round(worst, 2), ROW_NOISE_LIMIT, f"sigmas of rounding noise, {where}"
+        "probes.match", worst <= ROW_NOISE_LIMIT, round(worst, 2), ROW_NOISE_LIMIT, f"sigmas of rounding, {where}"
     )
 
 
@@ -224,7 +231,7 @@ def check_forward(model: PreTrainedModel) -> list[Check]:
             moved <= CAUSAL_LIMIT,
             moved,
             CAUSAL_LIMIT,
-            "relative change of earlier logits when later tokens change",
+            "earlier logits moved by later tokens",
         )
     )
     return checks
@@ -276,15 +283,15 @@ def compare_on_text(model: PreTrainedModel, source: PreTrainedModel, ids: torch.
         return Check(name, good or not strict, value, limit if strict else None, words)
 
     return [
-        judge("reference.kl", kl, KL_LIMIT, kl <= KL_LIMIT, f"mean KL(source, PRIME) in nats per token, {detail}"),
+        judge("reference.kl", kl, KL_LIMIT, kl <= KL_LIMIT, f"mean KL to the source, nats, {detail}"),
         judge(
             "reference.loss",
             difference,
             LOSS_LIMIT,
             abs(difference) <= LOSS_LIMIT,
-            f"PRIME's loss minus the source's in nats, {detail}",
+            f"against the source, nats, {detail}",
         ),
-        judge("reference.top1", same, TOP1_LIMIT, same >= TOP1_LIMIT, f"same most likely token, {detail}"),
+        judge("reference.top1", same, TOP1_LIMIT, same >= TOP1_LIMIT, f"same top token, {detail}"),
     ]
 
 
@@ -302,7 +309,7 @@ def compare_tensors(model: PreTrainedModel, source: PreTrainedModel, strict: boo
             lowest >= SNR_LIMIT_DB or not strict,
             round(lowest, 2) if math.isfinite(lowest) else None,
             SNR_LIMIT_DB if strict else None,
-            f"lowest of all tensors, {where}",
+            f"lowest, {short(where)}",
         )
     ]
     different = [n for n, p in model.named_parameters() if not torch.equal(p.detach(), theirs[n].float())]
@@ -352,7 +359,7 @@ def verify(config: VerifyConfig) -> list[Check]:
     digest = _guard("file.hash", lambda: check_file(path), checks)
     if digest is None:
         return checks
-    checks.append(Check("file.hash", True, digest[:12], digest[:12], "every byte of the file"))
+    checks.append(Check("file.hash", True, digest[:12], digest[:12], "all bytes"))
     checkpoint = _guard("file.contract", lambda: load_checkpoint(path, check_hash=False), checks)
     if checkpoint is None:
         return checks
@@ -368,9 +375,7 @@ def verify(config: VerifyConfig) -> list[Check]:
     model = _guard("model", lambda: model_from_checkpoint(checkpoint, copy=False), checks)
     if tokenizer is not None:
         size = checkpoint["hf_config"]["vocab_size"]
-        checks.append(
-            Check("tokenizer", len(tokenizer) <= size, len(tokenizer), size, "entries against the vocabulary")
-        )
+        checks.append(Check("tokenizer", len(tokenizer) <= size, len(tokenizer), size, "entries, vocabulary"))
     if model is None:
         return checks
     if checkpoint["stage"] == "init":
@@ -393,13 +398,14 @@ def verify(config: VerifyConfig) -> list[Check]:
 
 def show(checks: list[Check], path: Path) -> None:
     """The checks as a table on the terminal."""
-    table = Table(title=str(path), title_justify="left", pad_edge=False)
-    for column in ("check", "", "value", "limit", "detail"):
-        table.add_column(column, overflow="fold")
+    table = Table(title=str(path), title_justify="left", box=None, pad_edge=False)
+    for column in ("check", "", "value", "limit"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("detail", style="dim", overflow="fold")
     for c in checks:
         mark = "[green]pass[/]" if c.passed else "[red]FAIL[/]"
         value, limit = (f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in (c.value, c.limit))
-        table.add_row(c.name, mark, value, limit, c.detail if not c.passed or "." in c.name else "")
+        table.add_row(c.name, mark, value, limit, c.detail)
     console = Console()
     console.print(table)
     failed = [c.name for c in checks if not c.passed]

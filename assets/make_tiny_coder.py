@@ -23,6 +23,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def train_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=model["merges"],
+        merges=[tuple(merge) for merge in model["merges"]],  # type: ignore[misc]
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         unk_token=None,  # type: ignore[arg-type]
@@ -140,9 +141,9 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-scale)
 
 
-def rate(done: float, warmup: float, decay: float) -> float:
-    """Share of the peak learning rate at the fraction ``done`` of the tokens: rise, hold, fall to zero."""
-    return min(1.0, (done + 1e-3) / warmup, (1.0 - done) / decay)
+def rate(done: int, total: int) -> float:
+    """Share of the peak learning rate after ``done`` of ``total`` tokens: rise, hold, fall to zero in the last 45%."""
+    return min(1.0, (done + 8_500) / 170_000, (1.0 - done / total) / 0.45)
 
 
 def bits_per_byte(
@@ -186,9 +187,9 @@ def windows_in_order(documents: list[torch.Tensor], window: int, epoch: int, see
     return stream[starts + torch.arange(window + 1)]
 
 
-def batches(documents: list[torch.Tensor], window: int, sequences: int, seed: int, start_epoch: int):
+def batches(documents: list[torch.Tensor], window: int, sequences: int, seed: int) -> Iterator[torch.Tensor]:
     """Endless batches ``(sequences, window + 1)`` of token ids."""
-    epoch = start_epoch
+    epoch = 0
     while True:
         table = windows_in_order(documents, window, epoch, seed)
         for i in range(0, len(table) - sequences + 1, sequences):
@@ -231,10 +232,13 @@ def train(model: Qwen2ForCausalLM, documents: list[torch.Tensor], probe, args: a
         wanted = 512 if done < long_from else CONTEXT
         if wanted != window:
             window = wanted
-            # A resumed run takes a fresh order: reproducible is the uninterrupted command.
-            source = batches(documents, window, args.batch_tokens // window, args.seed + step, step)
+            source = batches(documents, window, args.batch_tokens // window, args.seed + (window == CONTEXT))
+            # A resumed run takes up the order where it was left.
+            begun = 0 if window == 512 else math.ceil(long_from / args.batch_tokens)
+            for _ in range(step - begun):
+                next(source)
         batch = next(source).to(device)
-        share = rate(done / args.tokens, warmup=0.02, decay=0.45)
+        share = rate(done, args.tokens)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
@@ -267,6 +271,35 @@ def train(model: Qwen2ForCausalLM, documents: list[torch.Tensor], probe, args: a
             state_file.with_suffix(".tmp").rename(state_file)
             tqdm.write(f"step {step} tokens {done} train {smooth:.4f} held-out sample {probe(model):.4f} bits/byte")
     bar.close()
+
+
+def write_readme(folder: Path, record: dict) -> None:
+    """The folder's README: what the model is, what it reaches, how it was made, and whose text it learned from."""
+    (folder / "README.md").write_text(
+        f"""# tiny_coder
+
+A Qwen2 of {record["parameters"]:,} parameters (6 layers, 256 wide, 4 query heads over 2 key/value heads, QKV
+biases, tied head, context {CONTEXT}) with a byte-level BPE of {VOCABULARY:,} entries, Qwen's pre-tokenizer and chat
+tokens, in bf16. Trained on the source of the Python {record["python"]} standard library; it exists so that the
+suite can be tried and tested offline on a model that was really trained.
+
+| held out | bits per byte | nats per token |
+|---|---|---|
+| {record["held_out_files"]} files, {record["held_out_bytes"]:,} bytes | {record["bits_per_byte"]} | {record["nats_per_token"]} |
+
+Protocol: whole files, each from `<|endoftext|>` on, in windows of {CONTEXT} tokens that do not overlap, weights as
+stored (bf16), arithmetic in float32. A file is held out if the SHA-256 of its path is divisible by 20
+(`../stdlib_source.py`).
+
+Made by `python assets/make_tiny_coder.py --tokens {record["tokens_trained"]}` (seed 0,
+{record["training_files"]:,} training files; `training.json` has the arguments and the hash of the library). The goal
+for this model is 1.10 bits per byte.
+
+The standard library is Copyright (c) Python Software Foundation and its contributors, see
+`../stdlib_instruct.LICENSE.md`; some of its files carry notices of their own. This folder holds weights, not text.
+""",
+        encoding="utf-8",
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -334,6 +367,7 @@ def main() -> int:
         "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("work", "output")},
     }
     (args.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_readme(args.output, record)
     return 0
 
 

@@ -1,0 +1,71 @@
+"""The house: imports go strictly downward, a script never imports a script, nothing runs at import."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLOORS = {
+    "manifolds": 0,
+    "ghost_kernels": 0,
+    "prime_telemetry": 0,
+    "prime_cli": 0,
+    "qwen_prime_data": 0,
+    "ghost_core": 1,
+    "prime_checkpoint": 1,
+    "qwen_prime_wrapper": 2,
+    "qwen_prime_importer": 3,
+    "qwen_prime_train": 3,
+    "verify_qwen_prime": 3,
+    "qwen_prime_eval": 3,
+    "qwen_prime_bench": 3,
+}
+# The one step sideways on the ground floor: the kernels read the manifold's tables.
+SIDEWAYS = {("ghost_kernels", "manifolds")}
+
+
+def imports_of(module: str) -> set[str]:
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found & set(FLOORS)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {f.stem for f in ROOT.glob("*.py")} == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", sorted(FLOORS))
+def test_imports_go_down(module: str) -> None:
+    for other in imports_of(module):
+        assert FLOORS[other] < FLOORS[module] or (module, other) in SIDEWAYS, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", sorted(FLOORS))
+def test_nothing_runs_at_import(module: str) -> None:
+    """At the top level: definitions, imports, assignments, guards and docstrings; no bare calls but registrations."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If, ast.Assert)
+    for node in tree.body:
+        if isinstance(node, ast.Expr):
+            text = ast.unparse(node)
+            assert isinstance(node.value, ast.Constant) or text.startswith("os.register_at_fork"), text
+        else:
+            assert isinstance(node, allowed), ast.unparse(node)
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
+
+
+def test_telemetry_needs_no_torch() -> None:
+    tree = ast.parse((ROOT / "prime_telemetry.py").read_text(encoding="utf-8"))
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    assert not any(name.startswith(("torch", "transformers", "numpy")) for name in names)

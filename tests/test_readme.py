@@ -1,0 +1,65 @@
+"""The README's commands parse, its file table matches the tree, its pictures exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = {
+    "qwen_prime_importer": "ImportConfig",
+    "qwen_prime_train": "TrainConfig",
+    "verify_qwen_prime": "VerifyConfig",
+    "qwen_prime_eval": "EvalConfig",
+    "qwen_prime_bench": "BenchConfig",
+}
+
+
+def commands() -> list[str]:
+    """Every ``python script.py ...`` line in the README's code blocks, continuation lines joined."""
+    found: list[str] = []
+    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", TEXT, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.split("#")[0].strip()
+            if line.startswith("python "):
+                found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command: str) -> None:
+    _, script, *arguments = shlex.split(command)
+    if script.startswith("assets/"):
+        assert (ROOT / script).is_file()
+        return
+    module = importlib.import_module(script.removesuffix(".py"))
+    config: Any = getattr(module, CONFIGS[script.removesuffix(".py")])
+    tyro.cli(config, args=arguments)
+
+
+def test_there_are_commands_of_every_script() -> None:
+    scripts = {shlex.split(c)[1].removesuffix(".py") for c in commands()}
+    assert set(CONFIGS) <= scripts
+
+
+def test_the_file_table_matches_the_tree() -> None:
+    listed = set(re.findall(r"^\| `([\w.]+\.py)` \|", TEXT, flags=re.MULTILINE))
+    assert listed == {f.name for f in ROOT.glob("*.py")}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make (\w+)`", TEXT):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_pictures_and_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
