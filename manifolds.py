@@ -36,6 +36,8 @@ INDEX_MAX = 32_767
 """Largest index; the smallest that is ever written is ``-INDEX_MAX``."""
 FIXED_BITS = 40
 """Fractional bits of the fixed-point image of a table."""
+GAP_BITS = 30
+"""Gaps between entries stay below ``2**GAP_BITS`` in fixed point."""
 BUCKET_BITS = 15
 """[0, 1] is cut into ``2**BUCKET_BITS`` equal buckets; the search for an entry starts from its bucket's range."""
 
@@ -114,6 +116,11 @@ def from_values(name: str, values: torch.Tensor) -> Manifold:
     fixed = np.rint(half * 2.0**FIXED_BITS).astype(np.int64)
     if not (fixed / 2.0**FIXED_BITS == half).all():
         raise ManifoldError(f"an entry needs more than {FIXED_BITS} fractional bits")
+    if np.diff(fixed).max() >= 1 << GAP_BITS:
+        # A move compares a 32-bit draw times the gap in 64-bit integers.
+        raise ManifoldError(
+            f"the largest gap is {np.diff(half).max()}, expected below {2.0 ** (GAP_BITS - FIXED_BITS)}"
+        )
 
     # The smallest float32 above the midpoint: comparing with it decides "nearest" without rounding.
     middle = (half[:-1] + half[1:]) / 2  # exact: two float32 of near exponents added in double precision

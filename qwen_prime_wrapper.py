@@ -92,10 +92,14 @@ def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "con
         where: what to call the config in errors.
     """
     config = parse_config(hf_config, where)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        swap_modules(model, manifold)
-    _restore_computed_buffers(model)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            swap_modules(model, manifold)
+        _restore_computed_buffers(model)
+    except Exception as error:
+        # A config of impossible sizes fails somewhere inside transformers, with whatever error that place raises.
+        raise ModelError(f"{where}: no model can be built from this config: {error!r}"[:300]) from error
     name_grids(model, Ballot())
     return model.eval()
 
@@ -274,9 +278,14 @@ def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             raise ModelError(f"{path} has no config.json: expected a Hugging Face model folder or a PRIME .pt file")
         parse_config(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+        if found["missing_keys"]:
+            # transformers only warns, and fills them with random numbers.
+            raise ModelError(f"{path} lacks tensors of its model: {sorted(found['missing_keys'])[:3]}")
         return model.eval(), load_tokenizer(path), "dense"
     checkpoint = load_checkpoint(path)
     return model_from_checkpoint(checkpoint, copy=False), tokenizer_from_checkpoint(checkpoint), "prime"

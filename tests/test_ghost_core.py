@@ -91,7 +91,7 @@ def arm(grid: GhostGrid, yardstick: float) -> None:
 def assert_voted(grid: GhostGrid, gradient: torch.Tensor, yardstick: float, uses: int = 1) -> None:
     """Votes are minus the gradient in units of the yardstick, each use rounded to one of its two neighbours."""
     wanted = gradient.double() * yardstick
-    assert 100 < wanted.abs().max() < 16_000, "the comparison would be blunt, or clipped"
+    assert 100 < wanted.abs().max() < 8_000, "the comparison would be blunt, or clipped"
     off = (-grid.votes.double() - wanted).abs()
     assert float(off.max()) < uses * 1.01 + 1e-4 * float(wanted.abs().max())
 
@@ -229,7 +229,7 @@ def test_cross_entropy_equals_dense(factor: float, slices: int | None) -> None:
     """Also where logits are in the hundreds, and with a factor on the loss (the mean over tokens)."""
     ballot = Ballot(rule=PLAIN)
     grid = new_grid(41, 13, 10, ballot)
-    arm(grid, 50.0)
+    arm(grid, 25.0)
     ballot.open("cast", 0, 0, 1)
     hidden = randn(30, 13, seed=11) * torch.linspace(0.1, 60, 30)[:, None]
     targets = randint(41, (30,), 12)
@@ -243,7 +243,7 @@ def test_cross_entropy_equals_dense(factor: float, slices: int | None) -> None:
     assert loss.dtype == torch.float32 and loss.shape == ()
     torch.testing.assert_close(loss.double(), reference, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(hidden.grad.double(), hidden_reference.grad, rtol=1e-4, atol=5e-5)
-    assert_voted(grid, weight.grad, 50.0)
+    assert_voted(grid, weight.grad, 25.0)
 
 
 def test_cross_entropy_of_frozen_hidden_states_still_votes(slices: int | None) -> None:
@@ -341,6 +341,17 @@ def test_import_of_trained_weights_is_above_75_db(shared_data: Any) -> None:
 def test_import_refuses_another_shape() -> None:
     with pytest.raises(GhostError, match=r"\(3, 4\), expected \(4, 3\)"):
         GhostGrid(4, 3, MANIFOLD).import_weights(torch.zeros(3, 4))
+
+
+def test_import_refuses_what_is_not_finite_and_keeps_the_old_weights() -> None:
+    grid = new_grid(4, 3, 22)
+    before = dense(grid)
+    for bad in (math.nan, math.inf):
+        weights = torch.ones(4, 3)
+        weights[2, 1] = bad
+        with pytest.raises(kernels.KernelError, match="row 2"):
+            grid.import_weights(weights)
+    assert torch.equal(dense(grid), before)
 
 
 def test_import_of_zeros_and_of_a_row_of_zeros() -> None:
@@ -609,7 +620,7 @@ def test_a_tied_grid_receives_both_uses() -> None:
     ballot = Ballot(rule=PLAIN)
     model = Tiny(ballot)
     grid = model.embed.grid
-    arm(grid, 4000.0)
+    arm(grid, 2500.0)
     ids, targets = randint(20, (4, 9), 56), randint(37, (4, 9), 57)
     ballot.open("cast", 0, 0, 1)
     model(ids, targets).backward()
@@ -622,9 +633,9 @@ def test_a_tied_grid_receives_both_uses() -> None:
 
     embedding, head = dense(grid).requires_grad_(), dense(grid).requires_grad_()
     reference(embedding, head).backward()
-    assert_voted(grid, embedding.grad + head.grad, 4000.0, uses=2)
+    assert_voted(grid, embedding.grad + head.grad, 2500.0, uses=2)
     for one in (embedding.grad, head.grad):
-        assert float((-grid.votes.double() - one * 4000).abs().max()) > 50, "one use alone would not explain the votes"
+        assert float((-grid.votes.double() - one * 2500).abs().max()) > 50, "one use alone would not explain the votes"
 
 
 @pytest.mark.parametrize("micro_batches", [1, 32])

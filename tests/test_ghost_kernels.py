@@ -30,6 +30,16 @@ MANIFOLD = manifolds.build("prime-harmonic")
 LINEAR = manifolds.build("linear")
 
 
+def coarse_table() -> torch.Tensor:
+    """A table whose upper part has gaps just below the largest that a manifold may have, 2^-10."""
+    upper = 1 - np.arange(1001) * (2.0**-10 - 2.0**-22)
+    half = np.concatenate([np.arange(INDEX_MAX - 1000) * 12 * 2.0**-24, upper[::-1]])
+    return torch.from_numpy(np.concatenate([[-2.0], -half[:0:-1], half]).astype(np.float32))
+
+
+COARSE = manifolds.from_values("coarse", coarse_table())
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Most tensors here are too small for two threads; the tests of threads set their own number."""
@@ -379,7 +389,7 @@ def test_votes_beyond_the_limit_are_clipped(backend: str) -> None:
     rows, yardstick = torch.zeros(1, dtype=torch.int64), torch.ones(1)
     kernels.cast_votes(gradient, rows, yardstick, votes, squares, keys=KEYS, limit=500, backend=backend)
     assert votes.tolist() == [[-500, 500, -500, 500, -499, 499, -500, 0]]
-    assert squares.item() == (5 * 500**2 + 2 * 499**2) << 24
+    assert squares.item() == (5 * 500**2 + 2 * 499**2) << 2 * (16 - kernels.STAT_SHIFT)
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
@@ -503,7 +513,7 @@ def apply_in_python(
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
-@pytest.mark.parametrize("table", [MANIFOLD, LINEAR], ids=lambda m: m.name)
+@pytest.mark.parametrize("table", [MANIFOLD, LINEAR, COARSE], ids=lambda m: m.name)
 def test_apply_by_brute_force(table: Manifold, backend: str) -> None:
     rng = generator(30)
     shape = (47, 31)
@@ -944,6 +954,11 @@ def test_row_scales_refuse() -> None:
             kernels.row_scales(torch.ones(2, 2), headroom)
     with pytest.raises(KernelError, match="column"):
         kernels.row_scales(torch.ones(2, 0), 1.25)
+    for bad in (math.nan, math.inf, -math.inf):
+        weights = torch.ones(5, 4)
+        weights[3, 2] = weights[4, 0] = bad
+        with pytest.raises(KernelError, match="row 3 has NaN or Inf"):
+            kernels.row_scales(weights, 1.25)
 
 
 def test_backend_for() -> None:

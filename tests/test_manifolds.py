@@ -57,7 +57,7 @@ def test_digests_are_pinned(table: Manifold) -> None:
 
 
 def test_a_second_build_from_scratch_is_the_same(table: Manifold) -> None:
-    again = manifolds.build.__wrapped__(table.name)
+    again = manifolds.from_values(table.name, manifolds._BUILDERS[table.name]())
     assert again is not table
     assert torch.equal(again.values, table.values) and again.sha256 == table.sha256
 
@@ -227,6 +227,20 @@ def test_from_values_refuses(change: Callable[[torch.Tensor], torch.Tensor], wor
     broken = change(manifolds.build("linear").values.clone())
     with pytest.raises(ManifoldError, match=words):
         manifolds.from_values("broken", broken)
+
+
+def test_from_values_refuses_gaps_that_a_move_could_not_multiply() -> None:
+    """A 32-bit draw times the gap has to fit into 63 bits: gaps of just below 2^-10 are allowed, 2^-10 is not."""
+    upper = 1 - np.arange(1001) * (2.0**-10 - 2.0**-22)
+    half = np.concatenate([np.arange(INDEX_MAX - 1000) * 12 * 2.0**-24, upper[::-1]])
+    for allowed in (True, False):
+        half[-2] -= 0 if allowed else 2.0**-22
+        values = torch.from_numpy(np.concatenate([[-2.0], -half[:0:-1], half]).astype(np.float32))
+        if allowed:
+            assert int(manifolds.from_values("coarse", values).fixed.diff().max()) == (1 << 30) - (1 << 18)
+        else:
+            with pytest.raises(ManifoldError, match=r"largest gap is 0\.0009765625"):
+                manifolds.from_values("coarse", values)
 
 
 def test_from_values_accepts_its_own_table_and_keeps_a_copy(table: Manifold) -> None:

@@ -92,7 +92,7 @@ def trained_qwen3(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -
     model = AutoModelForCausalLM.from_config(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
-    steps = 300
+    steps = 240
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min((step + 1) / 10, 1 - step / steps)
@@ -512,10 +512,19 @@ def test_unreadable_tokenizer(refuse: Callable[..., str], source: Path, name: st
     refuse(source, words=["tokenizer", str(source)])
 
 
-def test_no_tokenizer(refuse: Callable[..., str], source: Path) -> None:
+@pytest.mark.parametrize("named", ["TokenizersBackend", "Qwen2Tokenizer", None])
+def test_settings_of_a_tokenizer_without_its_vocabulary(
+    refuse: Callable[..., str], source: Path, named: str | None
+) -> None:
+    """As when only *.json and *.safetensors were downloaded of a source that keeps vocab.json and merges.txt."""
     (source / "tokenizer.json").unlink()
+    rewrite_json(source / "tokenizer_config.json", tokenizer_class=named)
     refuse(source, words=["tokenizer", str(source)])
-    (source / "tokenizer_config.json").unlink()
+
+
+def test_no_tokenizer(refuse: Callable[..., str], source: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
     refuse(source, words=["tokenizer", str(source)])
 
 

@@ -378,10 +378,10 @@ def permuted_bias_that_a_sum_with_signs_misses(checkpoint: Checkpoint) -> None:
     bias = checkpoint["model"][f"{Q}.bias"]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         swap(bias, first, second)
-        changed = not torch.allclose(probe(bias), checkpoint["probes"][f"{Q}.bias"], rtol=1e-5, atol=1e-5)
-        if not changed:
+        if torch.allclose(probe(bias), checkpoint["probes"][f"{Q}.bias"], rtol=1e-5, atol=1e-5):
             return
         swap(bias, first, second)
+    swap(bias, 0, 1)
 
 
 def norm_of_ones(checkpoint: Checkpoint) -> None:
@@ -542,6 +542,12 @@ def no_tokenizer(checkpoint: Checkpoint) -> None:
     checkpoint["tokenizer"]["files"] = {}
 
 
+def tokenizer_without_vocabulary(checkpoint: Checkpoint) -> None:
+    settings = bytearray(b'{"tokenizer_class": "Qwen2Tokenizer"}')
+    files = {"tokenizer_config.json": torch.frombuffer(settings, dtype=torch.uint8)}
+    checkpoint["tokenizer"]["files"] = files
+
+
 def tokenizer_outside(checkpoint: Checkpoint) -> None:
     checkpoint["tokenizer"]["files"]["../outside.json"] = torch.zeros(3, dtype=torch.uint8)
 
@@ -603,6 +609,7 @@ PLANTS: list[tuple[Callable[[Checkpoint], None], set[str]]] = [
     (broken_tokenizer, {"tokenizer"}),
     (flipped_tokenizer_byte, {"tokenizer"}),
     (no_tokenizer, {"tokenizer"}),
+    (tokenizer_without_vocabulary, {"tokenizer"}),
     (tokenizer_outside, {"tokenizer"}),
 ]
 
