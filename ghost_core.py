@@ -122,7 +122,7 @@ class VoteState:
 
     Attributes:
         votes: int16 ``(out, in)``.
-        row_squares: int64 ``(out,)``: this step's sum of squared votes, 12 fractional bits each.
+        row_squares: int64 ``(out,)``: this step's sum of squared votes, 10 fractional bits each.
         r2: float32 ``(out,)``: running mean square of the row's gradient, before bias correction.
         observations: how many steps ``r2`` has seen.
         anchor: a scalar that makes autograd visit the grid's backward though nothing there is a float parameter.
@@ -254,6 +254,7 @@ class GhostGrid(nn.Module):
         """Allocate an empty vote buffer and row state; a grid that is already unlocked keeps its own."""
         if self.state is None:
             self.state = VoteState.empty(self.indices)
+            self._inverse_scale = kernels.inverse_scales(self.scale)
 
     def lock(self) -> None:
         """Drop the vote buffer and the row state: nothing is hoarded behind a lock."""
@@ -285,6 +286,8 @@ class GhostGrid(nn.Module):
             seen = (corrected > 0).sum().clamp(min=1)
             tensor_rms = corrected.sum().div(seen).sqrt()
             rms = torch.maximum(corrected.sqrt(), rule.floor * tensor_rms)
+            # Without a floor, a row that has seen nothing yet is measured by its tensor: else it could never begin.
+            rms = torch.where(rms > 0, rms, tensor_rms)
             value = (1.0 - rule.beta) * ballot.units.unit / ballot.micro_batches / rms
             value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max)
             self._yardstick = (key, value)
@@ -306,7 +309,7 @@ class GhostGrid(nn.Module):
             return
         if ballot.mode == "measure":
             # Row statistics in votes' units would need the yardstick that this pass is to find.
-            state.r2[rows] += (1 - ballot.rule.beta2) * gradient.square().mean(1)
+            state.r2[rows] += (1 - ballot.rule.beta2) * gradient.square().mean(1).clamp(max=1e30)
             return
         kernels.cast_votes(
             gradient,
@@ -324,9 +327,11 @@ class GhostGrid(nn.Module):
         """Close a measuring pass: a tensor that saw any gradient has its first observation; one that met a non-finite
         gradient begins again."""
         state = self._open_state()
+        if not self.waiting:
+            return
         if self.name in self.ballot.non_finite:
             state.r2.zero_()
-        elif self.waiting and bool((state.r2 > 0).any()):
+        elif bool((state.r2 > 0).any()):
             state.observations = 1
 
     def apply_votes(self, rate: float) -> tuple[int, int]:
@@ -417,7 +422,7 @@ class _LinearFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grid: GhostGrid = ctx.grid
         flat = x.reshape(-1, x.shape[-1])
-        gradient = gradient.reshape(len(flat), -1)
+        gradient = gradient.reshape(len(flat), grid.shape[0])
         votes = grid.wants_gradient()
         below = None
         for rows in grid.slices():
@@ -435,6 +440,8 @@ class _EmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ids: torch.Tensor, anchor: torch.Tensor | None, grid: GhostGrid) -> torch.Tensor:
+        if ids.numel() and int(ids.min()) < 0:
+            raise IndexError(f"token id {int(ids.min())} is negative, expected 0 to {grid.shape[0] - 1}")
         ctx.grid = grid
         ctx.save_for_backward(ids)
         return grid.dequantize_rows(ids.reshape(-1)).view(*ids.shape, grid.shape[1])

@@ -9,7 +9,7 @@ SR unbiased stochastic rounding, U the votes per row RMS (``VoteUnits.unit``):
 
     cast   f = rint(2^16 · yardstick[row] · g)        with yardstick = (1 - β) U / (K · rms[row])
            votes -= (f + r) >> 16                     r uniform in [0, 2^16): E[vote] is exactly f / 2^16
-           row_squares[row] += Σ (f >> 4)^2           the row's measured size, for the next step's yardstick
+           row_squares[row] += Σ (f >> 6)^2           the row's measured size, for the next step's yardstick
     apply  target = value[index] + stride[row] · votes, in fixed point with 40 fractional bits, clipped to ±1
            index  = one of the two entries around target, drawn so that its expectation is target
            votes  = SR(β · votes)
@@ -42,8 +42,12 @@ from manifolds import BUCKET_BITS, FIXED_BITS, INDEX_MAX, Manifold
 
 SLICE_ELEMENTS = 1 << 20
 """The torch backend works on at most about this many elements at a time, so no full-size temporary exists."""
-STAT_SHIFT = 4
-"""Votes enter the row statistics with ``16 - STAT_SHIFT`` fractional bits, so that sums of squares stay below 2^62."""
+STAT_SHIFT = 6
+"""Votes enter the row statistics with ``16 - STAT_SHIFT`` fractional bits: sums of squares of rows of up to
+``COLUMNS_MAX`` columns stay below 2^63 however loud the votes are."""
+COLUMNS_MAX = 1 << 15
+USES = 2
+"""How often a grid may vote in a micro-batch: a tied one does as head and as embedding."""
 _MASK = 0xFFFFFFFF
 _ONE = 1 << FIXED_BITS
 
@@ -58,7 +62,8 @@ class VoteUnits:
 
     Attributes:
         unit: votes in one row RMS of the accumulated, averaged gradient.
-        limit: largest magnitude of a single vote; K of them on top of a decayed buffer cannot leave the buffer's dtype.
+        limit: largest magnitude of a single vote; K micro-batches of them, from ``USES`` uses each, on top of a decayed
+            buffer cannot leave the buffer's dtype.
         carry: largest magnitude that a buffer keeps from one step to the next.
     """
 
@@ -69,10 +74,10 @@ class VoteUnits:
     @staticmethod
     def for_int16(micro_batches: int) -> VoteUnits:
         """Units of an int16 buffer: half of its range for what is carried over, half for a step's new votes."""
-        if not 1 <= micro_batches <= INDEX_MAX // 2:
-            raise KernelError(f"micro_batches is {micro_batches}, expected 1 to {INDEX_MAX // 2}")
         half = INDEX_MAX // 2
-        return VoteUnits(unit=256, limit=half // micro_batches, carry=half)
+        if not 1 <= micro_batches <= half // USES:
+            raise KernelError(f"micro_batches is {micro_batches}, expected 1 to {half // USES}")
+        return VoteUnits(unit=256, limit=half // (USES * micro_batches), carry=half)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def _dequantize_rows(indices, scale, values, out, start, stop):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _snap_rows(weights, scale, thresholds, buckets, values, out, sums, start, stop):
-    # No array is indexed by a value that was not clipped to [0, 1] first: NaN is refused before this runs.
+    # No array is indexed by a value that was not brought into [0, 1] first: NaN saturates.
     zeros = 0
     saturated = 0
     signal = 0.0
@@ -137,7 +142,7 @@ def _snap_rows(weights, scale, thresholds, buckets, values, out, sums, start, st
         for j in range(weights.shape[1]):
             w = weights[i, j]
             x = abs(w / s)
-            if x > np.float32(1.0):
+            if not (x <= np.float32(1.0)):
                 saturated += 1
                 x = np.float32(1.0)
             bucket = np.int32(x * np.float32(32768.0))
@@ -177,7 +182,7 @@ def _cast_rows(gradient, rows, yardstick, votes, squares, columns, key0, key1, l
             r = np.int32(_hash(base + np.uint32(j), key0, key1) & np.uint32(0xFFFF))
             v = (f + r) >> np.int32(16)
             votes[i, j] -= np.int16(v * sign)
-            q = np.int64(f >> np.int32(4))
+            q = np.int64(f >> np.int32(6))
             total += q * q
         squares[i] += total * sign
 
@@ -196,7 +201,9 @@ def _apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, ca
                 continue
             position = base + np.uint32(j)
             old = np.int64(indices[i, j])
-            current = fixed[old] if old >= 0 else -fixed[-old]
+            current = fixed[min(abs(old), 32767)]
+            if old < 0:
+                current = -current
             target = min(max(current + m * step, -one), one)
             size = abs(target)
             bucket = size >> np.int64(25)
@@ -292,8 +299,8 @@ def _snap_reference(
         part = slice(rows.start, rows.stop)
         w = weights[part]
         x = (w / scale[part, None]).abs()
-        sums[1] += (x > 1).sum().item()
-        low = torch.bucketize(x.clamp_(max=1.0), manifold.thresholds, right=True, out_int32=True) - 1
+        sums[1] += (~(x <= 1)).sum().item()
+        low = torch.bucketize(torch.where(x <= 1, x, 1.0), manifold.thresholds, right=True, out_int32=True) - 1
         sums[0] += (low == 0).sum().item()
         low = torch.where(w < 0, -low, low)
         out[part] = low.to(torch.int16)
@@ -338,7 +345,7 @@ def _apply_reference(
         part = slice(rows.start, rows.stop)
         m = votes[part].long()
         old = indices[part].long()
-        current = fixed[old.abs()] * old.sign()
+        current = fixed[old.abs().clamp(max=INDEX_MAX)] * old.sign()
         target = (current + m * stride[part, None]).clamp_(-_ONE, _ONE)
         size = target.abs()
         low = torch.bucketize(size, fixed, right=True) - 1
@@ -380,10 +387,23 @@ def backend_for(device: torch.device | str, wanted: str | None = None) -> str:
     return wanted
 
 
-def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-        wanted = " or ".join(str(d) for d in dtypes)
-        raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted} {shape}")
+def _matrix(name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.ndim != 2:
+        raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected a matrix")
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+    if tensor.device != device:
+        raise KernelError(f"{name} is on {tensor.device}, expected {device} like the rest")
+
+
+def _check_table(manifold: Manifold, device: torch.device) -> None:
+    if manifold.values.device != device:
+        raise KernelError(f"the manifold is on {manifold.values.device}, expected {device}: use manifold.to(...)")
 
 
 def dequantize(
@@ -404,13 +424,15 @@ def dequantize(
     Returns:
         ``out``, float32 ``(out, in)``.
     """
-    rows, columns = indices.shape
-    _check("indices", indices, (torch.int16,), (rows, columns))
-    _check("scale", scale, (torch.float32,), (rows,))
+    rows, columns = _matrix("indices", indices)
+    device = indices.device
+    _check("indices", indices, torch.int16, (rows, columns), device)
+    _check("scale", scale, torch.float32, (rows,), device)
+    _check_table(manifold, device)
     if out is None:
-        out = torch.empty(rows, columns, dtype=torch.float32, device=indices.device)
-    _check("out", out, (torch.float32,), (rows, columns))
-    if backend_for(indices.device, backend) == "numba":
+        out = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    _check("out", out, torch.float32, (rows, columns), device)
+    if backend_for(device, backend) == "numba":
         arrays = (indices.numpy(), scale.detach().numpy(), manifold.values.numpy(), out.numpy())
         _run_rows(_dequantize_rows, rows, indices.numel(), *arrays)
     else:
@@ -436,7 +458,7 @@ def row_scales(weights: torch.Tensor, headroom: float) -> torch.Tensor:
     """
     if not headroom >= 1:
         raise KernelError(f"headroom is {headroom}, expected at least 1")
-    if weights.shape[1] == 0:
+    if _matrix("weights", weights)[1] == 0:
         raise KernelError(f"weights have shape {tuple(weights.shape)}, expected at least one column")
     low, high = torch.aminmax(weights, dim=1)
     largest = torch.maximum(low.abs(), high.abs()).float()
@@ -466,23 +488,25 @@ def snap(
     Returns:
         The indices and what the snap lost.
     """
-    rows, columns = weights.shape
-    _check("weights", weights, (torch.float32,), (rows, columns))
-    _check("scale", scale, (torch.float32,), (rows,))
+    rows, columns = _matrix("weights", weights)
+    device = weights.device
+    _check("weights", weights, torch.float32, (rows, columns), device)
+    _check("scale", scale, torch.float32, (rows,), device)
+    _check_table(manifold, device)
     if out is None:
-        out = torch.empty(rows, columns, dtype=torch.int16, device=weights.device)
-    _check("out", out, (torch.int16,), (rows, columns))
-    if backend_for(weights.device, backend) == "numba":
+        out = torch.empty(rows, columns, dtype=torch.int16, device=device)
+    _check("out", out, torch.int16, (rows, columns), device)
+    if backend_for(device, backend) == "numba":
         tables = (manifold.thresholds.numpy(), manifold.threshold_buckets.numpy(), manifold.values.numpy())
-        parts: list[np.ndarray] = []
+        parts: dict[int, np.ndarray] = {}
 
         def run(start: int, stop: int) -> None:
-            sums = np.zeros(4)
-            parts.append(sums)
+            sums = parts[start] = np.zeros(4)
             _snap_rows(weights.numpy(), scale.numpy(), *tables, out.numpy(), sums, start, stop)
 
         _run_rows(run, rows, weights.numel())
-        sums = np.sum(parts, axis=0)
+        # In the order of rows, not of completion: float sums depend on it.
+        sums = np.sum([parts[start] for start in sorted(parts)], axis=0)
     else:
         sums = np.zeros(4)
         _snap_reference(weights, scale, manifold, out, sums)
@@ -514,16 +538,23 @@ def cast_votes(
         keys: from :func:`hash_keys`.
         limit: from :class:`VoteUnits`.
     """
-    count, columns = gradient.shape
-    out_rows = votes.shape[0]
-    _check("gradient", gradient, (torch.float32,), (count, columns))
-    _check("rows", rows, (torch.int64,), (count,))
-    _check("yardstick", yardstick, (torch.float32,), (out_rows,))
-    _check("votes", votes, (torch.int16,), (out_rows, columns))
-    _check("row_squares", row_squares, (torch.int64,), (out_rows,))
+    count, columns = _matrix("gradient", gradient)
+    out_rows, _ = _matrix("votes", votes)
+    device = gradient.device
+    _check("gradient", gradient, torch.float32, (count, columns), device)
+    _check("rows", rows, torch.int64, (count,), device)
+    _check("yardstick", yardstick, torch.float32, (out_rows,), device)
+    _check("votes", votes, torch.int16, (out_rows, columns), device)
+    _check("row_squares", row_squares, torch.int64, (out_rows,), device)
+    if columns > COLUMNS_MAX:
+        raise KernelError(
+            f"gradient has {columns} columns, expected at most {COLUMNS_MAX}: row statistics would overflow"
+        )
     if not 1 <= limit <= INDEX_MAX // 2 or sign not in (1, -1):
         raise KernelError(f"limit is {limit} and sign {sign}, expected 1 to {INDEX_MAX // 2} and 1 or -1")
-    if backend_for(gradient.device, backend) == "numba":
+    if backend_for(device, backend) == "numba":
+        if count and not (int(rows.min()) >= 0 and int(rows.max()) < out_rows):
+            raise KernelError(f"rows run from {int(rows.min())} to {int(rows.max())}, expected 0 to {out_rows - 1}")
         arrays = (gradient.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy(), row_squares.numpy())
         plain = (columns, np.uint32(keys[0]), np.uint32(keys[1]), limit, np.int32(sign))
         _run_rows(_cast_rows, count, gradient.numel(), *arrays, *plain)
@@ -555,7 +586,8 @@ def integer_strides(inverse_scale: torch.Tensor, rate: float, unit: int) -> torc
         # Rounded to nearest; a shift beyond 62 bits leaves nothing.
         product = torch.zeros_like(product) if shift > 62 else (product + (1 << shift >> 1)) >> shift
     else:
-        product = product.clamp(max=1 << 46) << min(-shift, 16)
+        room = min(-shift, 46)
+        product = product.clamp(max=1 << 46 - room) << room
     return product.clamp(max=1 << 46)
 
 
@@ -591,13 +623,15 @@ def apply_votes(
     Returns:
         Number of flips, and the summed distance aimed at by the flipped weights in units of 2^-40 of their row's scale.
     """
-    rows, columns = indices.shape
-    _check("indices", indices, (torch.int16,), (rows, columns))
-    _check("votes", votes, (torch.int16,), (rows, columns))
-    _check("stride", stride, (torch.int64,), (rows,))
+    rows, columns = _matrix("indices", indices)
+    device = indices.device
+    _check("indices", indices, torch.int16, (rows, columns), device)
+    _check("votes", votes, torch.int16, (rows, columns), device)
+    _check("stride", stride, torch.int64, (rows,), device)
+    _check_table(manifold, device)
     if not 0 <= decay <= 65536:
         raise KernelError(f"decay is {decay}, expected 0 to 65536")
-    if backend_for(indices.device, backend) == "torch":
+    if backend_for(device, backend) == "torch":
         return _apply_reference(indices, votes, stride, manifold, keys, decay, carry)
     tables = (manifold.fixed.numpy(), manifold.fixed_buckets.numpy())
     arrays = (indices.numpy(), votes.numpy(), stride.numpy())
@@ -614,4 +648,4 @@ def apply_votes(
     return int(flips), int(travel)
 
 
-assert BUCKET_BITS == 15 and FIXED_BITS == 40, "the compiled kernels spell these two out"
+assert BUCKET_BITS == 15 and FIXED_BITS == 40 and STAT_SHIFT == 6, "the compiled kernels spell these two out"

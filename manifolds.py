@@ -8,8 +8,8 @@ ever writes it. That keeps every operation symmetric in sign, and a checkpoint t
 Two tables:
 
 ``prime-harmonic``  A nucleus of prime powers 1/p^1.05 (primes up to 60,000), harmonics 1/(1.2 i), a linear tail i/8192,
-                    then the largest gap halved again and again until the table is full. Near zero it is about a
-                    thousand times finer than in the bulk, where its gap is 1/16384.
+                    then the largest gap halved again and again until the table is full. Near zero it is
+                    thousands of times finer than in the bulk, where its gap is 1/16384.
 ``linear``          i/32767.
 
 Every entry is exact in fixed point with 40 fractional bits (``fixed``), which lets the vote rules move weights in value
@@ -98,7 +98,7 @@ def from_values(name: str, values: torch.Tensor) -> Manifold:
 
     Raises:
         ManifoldError: wrong dtype or shape, not finite, not strictly increasing, not antisymmetric around an exact
-            zero, or an entry that 40 fractional bits cannot hold.
+            zero, an entry that 40 fractional bits cannot hold, or a gap of 2**-10 or more.
     """
     if values.dtype != torch.float32 or tuple(values.shape) != (ENTRIES,):
         raise ManifoldError(f"table is {values.dtype} {tuple(values.shape)}, expected torch.float32 ({ENTRIES},)")
@@ -186,7 +186,6 @@ _BUILDERS: dict[str, Callable[[], torch.Tensor]] = {"prime-harmonic": _prime_har
 NAMES = tuple(_BUILDERS)
 
 
-@functools.cache
 def build(name: str = DEFAULT) -> Manifold:
     """The manifold of that name, on the CPU; built once per process.
 
@@ -195,4 +194,9 @@ def build(name: str = DEFAULT) -> Manifold:
     """
     if name not in _BUILDERS:
         raise ManifoldError(f"unknown manifold {name!r}, expected one of {', '.join(NAMES)}")
+    return _build(name)
+
+
+@functools.cache
+def _build(name: str) -> Manifold:
     return from_values(name, _BUILDERS[name]())

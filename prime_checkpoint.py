@@ -14,7 +14,7 @@ Layout of the dict (every key is required; dtypes and shapes are checked on load
                       everything else (norms, biases): float32
                       a tied head is not listed: it is the embedding's grid
     probes          {parameter name of the source: float32 (out,)}: each row of the source's weight times a
-                    fixed vector of signs (``probe_signs``), taken before conversion; stage init only, else {}
+                    fixed vector (``probe_vector``), taken before conversion; stage init only, else {}
     votes           {grid name: {"votes": int16 (out, in), "r2": float32 (out,), "row_squares": int64 (out,),
                     "observations": int64 ()}}; {} in stage init
     train_state     plain dict of step, tokens, cursor, rule and float optimizer; {} in stage init
@@ -46,6 +46,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from manifolds import ENTRIES
 
 FORMAT = "qwen-prime"
 VERSION = 1
@@ -99,19 +101,22 @@ def walk_tensors(
             yield from walk_tensors(value, path + "/")
 
 
-def probe_signs(columns: int) -> torch.Tensor:
-    """The fixed vector of +1 and -1 of that length, float32 ``(columns,)``, against which rows are probed."""
-    words = hashlib.shake_256(b"qwen-prime probe").digest((columns + 7) // 8)
-    bits = np.unpackbits(np.frombuffer(words, dtype=np.uint8))[:columns]
-    return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+def probe_vector(columns: int) -> torch.Tensor:
+    """The fixed vector, float32 ``(columns,)``, against which rows are probed.
+
+    Signs are random and sizes spread over 0.5 to 1.5: with signs alone, two columns of one sign could trade places.
+    """
+    words = np.frombuffer(hashlib.shake_256(b"qwen-prime probe").digest(4 * columns), dtype="<u4")
+    sizes = 0.5 + (words >> 1) / 2.0**31
+    return torch.from_numpy(np.where(words & 1, sizes, -sizes).astype(np.float32))
 
 
 def probe(weights: torch.Tensor) -> torch.Tensor:
-    """Each row of a matrix (a vector counts as one row) times :func:`probe_signs`: float32 ``(rows,)``."""
+    """Each row of a matrix (a vector counts as one row) times :func:`probe_vector`: float32 ``(rows,)``."""
     matrix = weights if weights.ndim == 2 else weights[None]
-    signs = probe_signs(matrix.shape[1])
+    vector = probe_vector(matrix.shape[1])
     step = max(1, (1 << 22) // max(1, matrix.shape[1]))
-    return torch.cat([matrix[i : i + step].float() @ signs for i in range(0, len(matrix), step)])
+    return torch.cat([matrix[i : i + step].float() @ vector for i in range(0, len(matrix), step)])
 
 
 def created_by(program: str) -> dict[str, str]:
@@ -141,8 +146,8 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
     """
     path = Path(path)
     checkpoint["sha256"] = {}
-    checkpoint["sha256"] = {name: tensor_sha256(tensor) for name, tensor in walk_tensors(checkpoint)}
     check_contract(checkpoint, str(path))
+    checkpoint["sha256"] = {name: tensor_sha256(tensor) for name, tensor in walk_tensors(checkpoint)}
     handle, temporary_name = -1, ""
     try:
         handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -154,7 +159,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch reports a failed write (disk full) as RuntimeError.
-        raise CheckpointError(f"cannot write {path}: {_first_line(error)}; nothing was left behind") from error
+        raise CheckpointError(f"cannot write {path}: {one_line(error)}; nothing was left behind") from error
     finally:
         if temporary_name and os.path.exists(temporary_name):
             os.unlink(temporary_name)
@@ -250,10 +255,11 @@ def load_checkpoint(path: Path | str, *, check_hash: bool = True) -> dict[str, A
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} refused: its pickle asks for more than tensors and plain types ({_first_line(error)})"
+            f"{path} refused: its pickle asks for more than tensors and plain types ({one_line(error)})"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"cannot read {path}: {_first_line(error)}") from error
+    except Exception as error:
+        # A malformed pickle makes the unpickler fail in any way at all: IndexError, TypeError, AssertionError, ...
+        raise CheckpointError(f"cannot read {path}: {type(error).__name__}: {one_line(error)}") from error
     check_contract(checkpoint, str(path))
     return checkpoint
 
@@ -268,7 +274,7 @@ def check_contract(checkpoint: Any, where: str) -> None:
         raise CheckpointError(f"{where} holds a {type(checkpoint).__name__}, expected a dict")
     if checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{where} has format {checkpoint.get('format')!r}, expected {FORMAT!r}")
-    if checkpoint.get("version") != VERSION:
+    if type(checkpoint.get("version")) is not int or checkpoint["version"] != VERSION:
         raise CheckpointError(
             f"{where} has version {checkpoint.get('version')!r}, expected {VERSION}: use the suite that wrote it"
         )
@@ -276,35 +282,84 @@ def check_contract(checkpoint: Any, where: str) -> None:
         if not isinstance(checkpoint.get(key), kind):
             found = type(checkpoint.get(key)).__name__ if key in checkpoint else "nothing"
             raise CheckpointError(f"{where} has {found} under {key!r}, expected {kind}")
-    if extra := sorted(set(checkpoint) - set(_KEYS)):
+    if extra := sorted(map(str, set(checkpoint) - set(_KEYS))):
         raise CheckpointError(f"{where} has unknown keys {extra}")
     if checkpoint["stage"] not in STAGES:
         raise CheckpointError(f"{where} has stage {checkpoint['stage']!r}, expected one of {', '.join(STAGES)}")
-    for path, tensor in walk_tensors(checkpoint):
-        if tensor.layout != torch.strided or not tensor.is_contiguous():
-            raise CheckpointError(f"{where}: {path} is not a plain contiguous tensor")
+    _check_plain(checkpoint, where, "")
     _check_manifold(checkpoint["manifold"], where)
-    for name, tensor in checkpoint["model"].items():
-        if name.endswith(".grid.indices"):
-            _expect(where, f"model/{name}", tensor, torch.int16, 2)
-            scale = checkpoint["model"].get(name.removesuffix("indices") + "scale")
-            if not isinstance(scale, torch.Tensor) or tuple(scale.shape) != tensor.shape[:1]:
-                raise CheckpointError(f"{where}: {name} has no scale of {tensor.shape[0]} rows")
-        else:
-            _expect(where, f"model/{name}", tensor, torch.float32, None)
-    for name, state in checkpoint["votes"].items():
-        if not isinstance(state, dict) or set(state) != {"votes", "r2", "row_squares", "observations"}:
-            raise CheckpointError(f"{where}: votes/{name} is not a vote state")
-        indices = checkpoint["model"].get(f"{name}.indices")
-        _expect(where, f"votes/{name}", state["votes"], torch.int16, 2)
-        if indices is None or state["votes"].shape != indices.shape:
-            raise CheckpointError(f"{where}: votes/{name} has shape {tuple(state['votes'].shape)}, its grid another")
+    model, votes = checkpoint["model"], checkpoint["votes"]
+    for group in ("model", "probes", "votes"):
+        if odd := [key for key in checkpoint[group] if not isinstance(key, str)]:
+            raise CheckpointError(f"{where}: {group} has a key {odd[0]!r}, expected a name")
+    for name, tensor in model.items():
+        _check_weight(model, name, tensor, where)
+    for name, tensor in checkpoint["probes"].items():
+        _expect(where, f"probes/{name}", tensor, torch.float32, 1)
+    files = checkpoint["tokenizer"].get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{where}: tokenizer has no files")
+    for name, tensor in files.items():
+        _expect(where, f"tokenizer/files/{name}", tensor, torch.uint8, 1)
+    for name, state in votes.items():
+        _check_vote_state(model, name, state, where)
+
+
+def _check_plain(value: Any, where: str, path: str) -> None:
+    """Only what ``weights_only`` loading gives back: a file that could not be read again must not be written."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.device.type == "meta" or not value.is_contiguous():
+            raise CheckpointError(f"{where}: {path} is not a plain contiguous tensor")
+    elif type(value) is dict:
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise CheckpointError(f"{where}: {path} has a key {key!r}, expected a name or a number")
+            _check_plain(item, where, f"{path}/{key}" if path else str(key))
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            _check_plain(item, where, f"{path}/{number}")
+    elif type(value) not in (int, float, str, bool, type(None)):
+        raise CheckpointError(f"{where}: {path} is a {type(value).__name__}, expected a tensor or a plain value")
+
+
+def _check_weight(model: dict[str, Any], name: str, tensor: Any, where: str) -> None:
+    if name.endswith(".grid.indices"):
+        _expect(where, f"model/{name}", tensor, torch.int16, 2)
+        scale = model.get(name.removesuffix("indices") + "scale")
+        if not isinstance(scale, torch.Tensor) or tuple(scale.shape) != tensor.shape[:1]:
+            raise CheckpointError(f"{where}: {name} has no scale of {tensor.shape[0]} rows")
+        return
+    _expect(where, f"model/{name}", tensor, torch.float32, None)
+    if name.endswith(".grid.scale") and name.removesuffix("scale") + "indices" not in model:
+        raise CheckpointError(f"{where}: {name} has no indices")
+
+
+def _check_vote_state(model: dict[str, Any], name: str, state: Any, where: str) -> None:
+    if not isinstance(state, dict) or set(state) != {"votes", "r2", "row_squares", "observations"}:
+        raise CheckpointError(f"{where}: votes/{name} is not a vote state")
+    _expect(where, f"votes/{name}", state["votes"], torch.int16, 2)
+    indices = model.get(f"{name}.indices")
+    if indices is None or state["votes"].shape != indices.shape:
+        raise CheckpointError(f"{where}: votes/{name} has shape {tuple(state['votes'].shape)}, its grid another")
+    rows = tuple(indices.shape[:1])
+    for part, dtype, shape in (
+        ("r2", torch.float32, rows),
+        ("row_squares", torch.int64, rows),
+        ("observations", torch.int64, ()),
+    ):
+        _expect(where, f"votes/{name}/{part}", state[part], dtype, len(shape))
+        if tuple(state[part].shape) != shape:
+            raise CheckpointError(
+                f"{where}: votes/{name}/{part} has shape {tuple(state[part].shape)}, expected {shape}"
+            )
 
 
 def _check_manifold(manifold: dict[str, Any], where: str) -> None:
     if not all(isinstance(manifold.get(k), str) for k in ("name", "sha256")):
         raise CheckpointError(f"{where} does not name its manifold and the manifold's sha256")
     _expect(where, "manifold/values", manifold.get("values"), torch.float32, 1)
+    if len(manifold["values"]) != ENTRIES:
+        raise CheckpointError(f"{where}: manifold/values has {len(manifold['values'])} entries, expected {ENTRIES}")
 
 
 def _expect(where: str, path: str, tensor: Any, dtype: torch.dtype, dimensions: int | None) -> None:
@@ -323,6 +378,6 @@ def changed_tensors(checkpoint: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, or its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

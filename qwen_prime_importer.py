@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import resource
 import shutil
 import sys
@@ -30,13 +29,14 @@ import manifolds
 import prime_cli
 from ghost_core import HEADROOM, GhostGrid
 from ghost_kernels import KernelError, SnapReport
-from prime_checkpoint import FORMAT, VERSION, CheckpointError, created_by, probe, save_checkpoint
+from prime_checkpoint import FORMAT, VERSION, CheckpointError, created_by, one_line, probe, save_checkpoint
 from qwen_prime_wrapper import (
     ModelError,
     build_model,
     count_parameters,
     expected_tensors,
     load_tokenizer,
+    locate_source,
     pack_tokenizer,
     source_name,
 )
@@ -45,11 +45,9 @@ log = logging.getLogger("importer")
 
 SNR_LIMIT_DB = 75.0
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 
 
-class ImportProblem(RuntimeError):
+class ImportProblem(ModelError):
     """A source that cannot be converted, or an output that cannot be written."""
 
 
@@ -98,26 +96,8 @@ class Source:
         except (SafetensorError, OSError) as error:
             raise ImportProblem(f"cannot read {name} from {file}: {error}") from error
         if tensor.dtype not in _FLOATS:
-            raise ImportProblem(f"{name} in {file} is {tensor.dtype}, expected one of bfloat16, float16, float32")
+            raise ImportProblem(f"{name} in {file} is {tensor.dtype}, expected a floating dtype")
         return tensor
-
-
-def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
-    """Folder of the source and its revision; a hub id is downloaded (or found in the cache when offline)."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder, None
-    if not _HUB_ID.fullmatch(model) or (folder.parent.is_dir() and str(folder.parent) != "."):
-        raise ImportProblem(f"no such folder: {model}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        # The hub client raises its own, requests' and OS errors; offline, unknown id and no access all end here.
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ImportProblem(f"no folder {model}, and the hub does not give it: {reason}") from error
-    return snapshot, snapshot.name
 
 
 def open_source(model: str, revision: str | None = None) -> Source:
@@ -126,7 +106,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
     Raises:
         ImportProblem: missing or unreadable files.
     """
-    folder, found_revision = locate(model, revision)
+    folder, found_revision = locate_source(model, revision)
     try:
         hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -137,9 +117,9 @@ def open_source(model: str, revision: str | None = None) -> Source:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ImportProblem(f"cannot read {index}: {error}") from error
-        files = [folder / name for name in names]
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ImportProblem(f"cannot read {index}: {one_line(error)}") from error
         for file in files:
             if not file.is_file():
                 raise ImportProblem(f"{index.name} names {file.name}, which is not in {folder}: download it again")
@@ -266,7 +246,7 @@ def convert(source: Source, config: ImportConfig) -> tuple[dict[str, Any], dict[
             origin = source_name(name)
             dense = source.read(origin)
             probes[origin] = probe(dense)
-            if not bool(torch.isfinite(probes[origin]).all()) and not bool(torch.isfinite(dense).all()):
+            if not bool(torch.isfinite(probes[origin]).all()) and not bool(torch.isfinite(dense.float()).all()):
                 raise ImportProblem(f"{origin} has NaN or Inf weights; a conversion needs finite ones")
             if not name.endswith(".grid.indices"):
                 tensors[name] = dense.float().clone()
@@ -317,10 +297,25 @@ def file_hashes(source: Source) -> dict[str, str]:
     return hashes
 
 
+def check_request(config: ImportConfig) -> None:
+    """What can be refused before the source is looked at: nobody should wait for a conversion that cannot end well.
+
+    Raises:
+        ImportProblem: output, report or device.
+    """
+    check_output(config.output, config.force, 0)
+    if config.report and (config.report.is_dir() or not config.report.parent.is_dir()):
+        raise ImportProblem(f"cannot write the report {config.report}: it is a folder, or in none")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        # A torch without CUDA says so by AssertionError.
+        raise ImportProblem(f"device {config.device} is not usable here: {one_line(error)}") from error
+
+
 def main(config: ImportConfig) -> int:
     started = time.perf_counter()
-    # Refused here first: nobody should wait for a conversion that cannot be written.
-    check_output(config.output, config.force, 0)
+    check_request(config)
     source = open_source(config.model, config.revision)
     checkpoint, report = convert(source, config)
     log.info("writing %s", config.output)

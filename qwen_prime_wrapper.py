@@ -13,6 +13,7 @@ swap; the list below holds those that are tested.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,10 +46,12 @@ from ghost_core import (
     name_grids,
 )
 from manifolds import Manifold
-from prime_checkpoint import CheckpointError, load_checkpoint
+from prime_checkpoint import CheckpointError, load_checkpoint, one_line
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,8 +75,10 @@ def parse_config(hf_config: dict[str, Any], where: str) -> PreTrainedConfig:
     Raises:
         ModelError: architecture not supported, or fields that transformers refuses.
     """
+    if not isinstance(hf_config, dict):
+        raise ModelError(f"{where} holds a {type(hf_config).__name__}, expected a JSON object")
     kind = hf_config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ModelError(
             f"{where} has model_type {kind!r} ({', '.join(map(str, hf_config.get('architectures') or ['?']))}), "
             f"supported are {', '.join(f'{k} ({v})' for k, v in ARCHITECTURES.items())}"
@@ -80,7 +87,7 @@ def parse_config(hf_config: dict[str, Any], where: str) -> PreTrainedConfig:
         return CONFIG_MAPPING[kind].from_dict(dict(hf_config))
     except Exception as error:
         # Config classes validate with exceptions of many types; the user needs the file and the reason.
-        raise ModelError(f"{where}: transformers refuses this config: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{where}: transformers refuses this config: {one_line(error)}") from error
 
 
 def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "config") -> PreTrainedModel:
@@ -99,7 +106,9 @@ def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "con
         _restore_computed_buffers(model)
     except Exception as error:
         # A config of impossible sizes fails somewhere inside transformers, with whatever error that place raises.
-        raise ModelError(f"{where}: no model can be built from this config: {error!r}"[:300]) from error
+        raise ModelError(
+            f"{where}: no model can be built from this config: {type(error).__name__}: {one_line(error)}"
+        ) from error
     name_grids(model, Ballot())
     return model.eval()
 
@@ -218,27 +227,36 @@ def model_from_checkpoint(checkpoint: dict[str, Any], *, copy: bool = True) -> P
     """The model of a loaded checkpoint, in eval mode, all grids locked; votes are the trainer's to restore."""
     model = build_model(checkpoint["hf_config"], manifold_of(checkpoint), "the checkpoint's config")
     assign_tensors(model, checkpoint["model"], copy=copy)
+    generation = checkpoint["tokenizer"]["files"].get("generation_config.json")
+    if generation is not None:
+        try:
+            model.generation_config = GenerationConfig.from_dict(json.loads(generation.numpy().tobytes()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"the checkpoint's generation_config.json is unusable: {one_line(error)}") from error
     return model
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Tokenizer of a local folder.
 
-    transformers gives every ``qwen2`` folder a Qwen2Tokenizer, which silently wrecks other tokenizers; a folder that
-    names another class, or whose vocabulary is not Qwen's, is read as its tokenizer.json says.
+    A tokenizer.json is read as it says: transformers would give every ``qwen2`` folder a Qwen2Tokenizer, which silently
+    wrecks other vocabularies. Only folders without one (vocab.json and merges.txt) are left to their declared class.
 
     Raises:
         ModelError: no tokenizer there, or one that does not load.
     """
     folder = Path(folder)
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        generic = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-        return loader.from_pretrained(folder, local_files_only=True)
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+        tokenizer = loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         # Rust and Python tokenizers raise bare Exception among others; whatever it is, the tokenizer is unusable.
-        raise ModelError(f"cannot read a tokenizer in {folder}: {str(error).strip().splitlines()[0][:200]}") from error
+        raise ModelError(f"cannot read a tokenizer in {folder}: {one_line(error)}") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # transformers makes an empty tokenizer of settings whose vocabulary is missing.
+        raise ModelError(f"the tokenizer in {folder} knows no text: its vocabulary is missing or empty")
+    return tokenizer
 
 
 def pack_tokenizer(folder: Path) -> dict[str, torch.Tensor]:
@@ -264,6 +282,25 @@ def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> PreTrainedTokenizer
         return load_tokenizer(name)
 
 
+def locate_source(model: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """Folder of a source and its revision; a hub id is downloaded, or found in the cache when offline.
+
+    Raises:
+        ModelError: no such folder, and no such model on the hub.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder, None
+    if not _HUB_ID.fullmatch(model) or (folder.parent.is_dir() and str(folder.parent) != "."):
+        raise ModelError(f"no such folder: {model}")
+    try:
+        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        # The hub client raises its own, its transport's and OS errors; offline, unknown id and no access all end here.
+        raise ModelError(f"no folder {model}, and the hub does not give it: {one_line(error)}") from error
+    return snapshot, snapshot.name
+
+
 def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """A PRIME checkpoint file or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for
     which.
@@ -276,13 +313,18 @@ def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         config_file = path / "config.json"
         if not config_file.is_file():
             raise ModelError(f"{path} has no config.json: expected a Hugging Face model folder or a PRIME .pt file")
-        parse_config(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            content = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {config_file}: {one_line(error)}") from error
+        parse_config(content, str(config_file))
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+            raise ModelError(f"cannot load {path}: {one_line(error)}") from error
+        model, found = loaded
         if found["missing_keys"]:
             # transformers only warns, and fills them with random numbers.
             raise ModelError(f"{path} lacks tensors of its model: {sorted(found['missing_keys'])[:3]}")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -30,11 +31,20 @@ from transformers import PreTrainedModel
 import manifolds
 import prime_cli
 from ghost_core import GhostGrid, damaged_indices, grids_of
-from prime_checkpoint import CheckpointError, changed_tensors, check_file, load_checkpoint, probe
+from prime_checkpoint import (
+    CheckpointError,
+    changed_tensors,
+    check_file,
+    load_checkpoint,
+    one_line,
+    probe,
+    probe_vector,
+)
 from qwen_prime_wrapper import (
     ModelError,
     build_model,
     load_model,
+    locate_source,
     model_from_checkpoint,
     source_name,
     tensor_mismatches,
@@ -61,7 +71,7 @@ class VerifyConfig:
     checkpoint: prime_cli.PositionalPath
     """The .pt file."""
     reference: str | None = None
-    """Folder of the source model, to compare with."""
+    """Folder or hub id of the source model, to compare with."""
     text: Path | None = None
     """Text for the comparison; by default this suite's own source code."""
     tokens: int = 8192
@@ -192,7 +202,7 @@ def check_probes(checkpoint: dict[str, Any], model: PreTrainedModel) -> Check:
         if name.endswith(".grid.indices"):
             grid = grids[name.removesuffix(".indices")]
             found = torch.cat([probe(grid.dequantize(rows)) for rows in grid.slices()])
-            noise = grid.scale * (gap / math.sqrt(12) + 1e-6) * math.sqrt(grid.shape[1])
+            noise = grid.scale * (gap / math.sqrt(12) + 1e-6) * probe_vector(grid.shape[1]).norm()
         else:
             found = probe(checkpoint["model"][name])
             noise = checkpoint["model"][name].square().sum().sqrt()[None] * 1e-6 + 1e-30
@@ -325,6 +335,20 @@ def compare_tensors(model: PreTrainedModel, source: PreTrainedModel, strict: boo
     return checks
 
 
+def check_same_model(model: PreTrainedModel, source: PreTrainedModel) -> None:
+    """The reference has the weights that the checkpoint has, in the same shapes.
+
+    Raises:
+        ModelError: naming the first that differs.
+    """
+    ours: dict[str, tuple[int, ...]] = {source_name(f"{n}.indices"): g.shape for n, g in grids_of(model).items()}
+    ours |= {name: tuple(p.shape) for name, p in model.named_parameters()}
+    theirs = {name: tuple(p.shape) for name, p in source.named_parameters()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ModelError(f"the reference is another model: {name} is {theirs.get(name)}, here {ours.get(name)}")
+
+
 def grid_snr(grid: GhostGrid, weights: torch.Tensor) -> float:
     """SNR in dB of a grid against a dense matrix; infinite where nothing differs."""
     noise = signal = 0.0
@@ -385,11 +409,14 @@ def verify(config: VerifyConfig) -> list[Check]:
     if reference is not None and tokenizer is not None:
 
         def against_reference() -> list[Check]:
-            source, _, _ = load_model(reference)
+            source, _, _ = load_model(locate_source(reference)[0])
+            check_same_model(model, source)
             strict = checkpoint["stage"] == "init"
             ids = torch.tensor(
                 tokenizer(reference_text(config), add_special_tokens=False)["input_ids"][: config.tokens]
             )
+            if len(ids) < 16:
+                raise ModelError(f"the text has {len(ids)} tokens, expected at least 16")
             return compare_tensors(model, source, strict) + compare_on_text(model, source, ids, strict)
 
         _guard("reference", against_reference, checks)
@@ -398,14 +425,14 @@ def verify(config: VerifyConfig) -> list[Check]:
 
 def show(checks: list[Check], path: Path) -> None:
     """The checks as a table on the terminal."""
-    table = Table(title=str(path), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=escape(str(path)), title_justify="left", box=None, pad_edge=False)
     for column in ("check", "", "value", "limit"):
         table.add_column(column, no_wrap=True)
     table.add_column("detail", style="dim", overflow="fold")
     for c in checks:
         mark = "[green]pass[/]" if c.passed else "[red]FAIL[/]"
         value, limit = (f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in (c.value, c.limit))
-        table.add_row(c.name, mark, value, limit, c.detail)
+        table.add_row(c.name, mark, escape(value), escape(limit), escape(c.detail))
     console = Console()
     console.print(table)
     failed = [c.name for c in checks if not c.passed]
@@ -416,8 +443,16 @@ def main(config: VerifyConfig) -> int:
     checks = verify(config)
     passed = all(c.passed for c in checks)
     if config.json:
-        result = {"passed": passed, "checks": [asdict(c) for c in checks]}
-        config.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        # JSON has no NaN and no infinity: such a value is written as a word.
+        lines = [asdict(c) for c in checks]
+        for line in lines:
+            if isinstance(line["value"], float) and not math.isfinite(line["value"]):
+                line["value"] = str(line["value"])
+        text = json.dumps({"passed": passed, "checks": lines}, indent=2, allow_nan=False)
+        try:
+            config.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ModelError(f"cannot write {config.json}: {one_line(error)}") from error
     show(checks, config.checkpoint)
     return 0 if passed else 1
 

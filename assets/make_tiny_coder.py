@@ -285,7 +285,7 @@ suite can be tried and tested offline on a model that was really trained.
 
 | held out | bits per byte | nats per token |
 |---|---|---|
-| {record["held_out_files"]} files, {record["held_out_bytes"]:,} bytes | {record["bits_per_byte"]} | {record["nats_per_token"]} |
+| {record["held_out_files"]} files | {record["bits_per_byte"]} | {record["nats_per_token"]} |
 
 Protocol: whole files, each from `<|endoftext|>` on, in windows of {CONTEXT} tokens that do not overlap, weights as
 stored (bf16), arithmetic in float32. A file is held out if the SHA-256 of its path is divisible by 20

@@ -47,7 +47,7 @@ def test_tiny_coder_has_the_promised_shape() -> None:
 
 def test_tokenizer_is_qwens_kind_and_round_trips() -> None:
     ours, theirs = load_tokenizer(MODEL), AutoTokenizer.from_pretrained(MODEL)
-    assert isinstance(ours, Qwen2Tokenizer) and len(ours) == 4096
+    assert isinstance(theirs, Qwen2Tokenizer) and len(ours) == len(theirs) == 4096
     for text in ("def f(x):\n    return x + 1\n", "é 日本 \t\n\n  x", "<|im_start|>user\nhi<|im_end|>\n", ""):
         ids = ours(text, add_special_tokens=False)["input_ids"]
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]

@@ -408,10 +408,11 @@ def test_a_step_of_the_loudest_votes_does_not_wrap(micro_batches: int, backend: 
 
 
 def test_units_leave_room_at_every_count() -> None:
-    for micro_batches in range(1, INDEX_MAX // 2 + 1):
+    most = INDEX_MAX // 2 // kernels.USES
+    for micro_batches in range(1, most + 1):
         units = VoteUnits.for_int16(micro_batches)
-        assert units.limit >= 1 and units.carry + micro_batches * units.limit <= INDEX_MAX
-    for micro_batches in (0, -1, INDEX_MAX // 2 + 1):
+        assert units.limit >= 1 and units.carry + kernels.USES * micro_batches * units.limit <= INDEX_MAX
+    for micro_batches in (0, -1, most + 1):
         with pytest.raises(KernelError, match="micro_batches"):
             VoteUnits.for_int16(micro_batches)
 

@@ -26,7 +26,7 @@ from prime_checkpoint import (
     check_file,
     load_checkpoint,
     probe,
-    probe_signs,
+    probe_vector,
     save_checkpoint,
     tensor_sha256,
 )
@@ -583,19 +583,26 @@ def test_walking_names_every_tensor_once() -> None:
     assert [tensor for _, tensor in found] == [a, b, c, a, b]
 
 
-def test_probe_signs_are_fixed() -> None:
-    words = hashlib.shake_256(b"qwen-prime probe").digest(1250)
-    bits = "".join(f"{byte:08b}" for byte in words)
-    for columns in (1, 7, 8, 9, 10_000):
-        assert probe_signs(columns).tolist() == [1.0 if bit == "1" else -1.0 for bit in bits[:columns]]
-    assert probe_signs(6).dtype == torch.float32 and abs(probe_signs(10_000).mean()) < 0.05
+def test_the_probe_vector_is_fixed() -> None:
+    """Random signs, sizes of 0.5 to 1.5, from a hash: the same on every machine, and a prefix of any longer one."""
+    vector = probe_vector(10_000)
+    words = [
+        int.from_bytes(hashlib.shake_256(b"qwen-prime probe").digest(40)[4 * i : 4 * i + 4], "little")
+        for i in range(10)
+    ]
+    for word, value in zip(words, vector[:10].tolist(), strict=True):
+        size = 0.5 + (word >> 1) / 2**31
+        assert value == pytest.approx(size if word & 1 else -size, rel=1e-7)
+    assert torch.equal(probe_vector(60), vector[:60]) and vector.dtype == torch.float32
+    assert abs(float(vector.mean())) < 0.05 and float(vector.abs().min()) >= 0.5 and float(vector.abs().max()) <= 1.5
+    assert len(set(vector.abs().tolist())) > 9_900
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_probe_of_a_matrix(dtype: torch.dtype) -> None:
     """Large enough for several parts."""
     matrix = torch.randn(37, 60, generator=torch.Generator().manual_seed(2)).to(dtype)
-    exact = (matrix.double() * probe_signs(60).double()).sum(1)
+    exact = (matrix.double() * probe_vector(60).double()).sum(1)
     assert probe(matrix).dtype == torch.float32
     torch.testing.assert_close(probe(matrix).double(), exact, rtol=1e-6, atol=1e-7)
     tall = matrix.repeat(3000, 1)

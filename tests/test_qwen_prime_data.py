@@ -489,7 +489,7 @@ def test_share_of_bad_rows(tmp_path):
     message = str(raised.value)
     assert "3 of 100 rows are bad" in message and "1.00%" in message
     assert all(part in message for part in (f"{file}:98: empty answer", f"{file}:99: ", f"{file}:100: malformed"))
-    with pytest.raises(DataError, match="expected at most 2.00%"):
+    with pytest.raises(DataError, match=r"expected at most 2\.00%"):
         read_records(file, max_bad_share=0.02)
     with pytest.raises(DataError, match="from 0 to 1"):
         read_records(file, max_bad_share=3)
