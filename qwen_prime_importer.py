@@ -96,7 +96,7 @@ class Source:
         except (SafetensorError, OSError) as error:
             raise ImportProblem(f"cannot read {name} from {file}: {error}") from error
         if tensor.dtype not in _FLOATS:
-            raise ImportProblem(f"{name} in {file} is {tensor.dtype}, expected a floating dtype")
+            raise ImportProblem(f"{name} in {file} is {tensor.dtype}, expected bfloat16, float16, float32 or float64")
         return tensor
 
 

@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("runs/demo")
 MODEL = Path("assets/tiny_coder")
 DATA = Path("assets/stdlib_instruct.jsonl")
-STEPS = 60
+STEPS = 40
 
 console = Console()
 
 
 def run(command: str) -> None:
     """Run one of the suite's commands from the repository's root; a failure ends the demo with its exit code."""
-    console.print(f"\n[bold]$ python {command}[/]", highlight=False)
+    console.print(f"\n[bold]$ python {command}[/]", highlight=False, soft_wrap=True)
     result = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT)
     if result.returncode != 0:
         raise SystemExit(result.returncode)
@@ -52,7 +52,7 @@ def main() -> int:
     run(f"verify_qwen_prime.py {imported} --reference {MODEL}")
     run(
         f"qwen_prime_train.py --checkpoint {imported} --data {DATA} --output-dir {FOLDER / 'run'} --steps {STEPS} "
-        "--batch-size 2 --grad-accum 4 --lr 2e-3 --warmup 5 --eval-every 30 --no-gradient-checkpointing"
+        "--batch-size 2 --grad-accum 4 --lr 2e-3 --warmup 5 --eval-every 20 --no-gradient-checkpointing"
     )
     run(f"verify_qwen_prime.py {trained}")
     before, after_import, after = (
@@ -62,12 +62,12 @@ def main() -> int:
     table = Table(title="held-out answer loss, nats per token", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
-    table.add_column("against the source", justify="right")
-    table.add_column("where")
+    table.add_column("change", justify="right")
+    table.add_column("where", overflow="fold")
     for name, loss, place in (
-        ("source, bf16", before, MODEL),
-        ("imported, 16-bit indices", after_import, imported),
-        (f"fine-tuned, {STEPS} steps of votes", after, trained),
+        ("source", before, MODEL),
+        ("imported", after_import, imported),
+        (f"after {STEPS} steps", after, trained),
     ):
         table.add_row(name, f"{loss:.6f}", f"{loss - before:+.6f}", str(place))
     console.print()
