@@ -2,7 +2,7 @@
 
     RUN/config.json     the trainer's configuration, written before step 1
     RUN/stats.jsonl     one object a step
-    RUN/events.jsonl    what happened beside the steps: start, save, skipped micro-batch, signal, end
+    RUN/events.jsonl    what happened beside the steps: start, first evaluation, save, skip, signal, end
 
 A line is written and flushed whole; a reader that comes in the middle of a write, or after a crash, sees a torn last
 line and leaves it for the next look. Numbers that JSON does not have (NaN, infinities) are written as null.

@@ -92,7 +92,7 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more time, the same votes."""
     eval_every: int = 50
-    """Steps between held-out evaluations; 0 evaluates only at the end."""
+    """Steps between held-out evaluations; 0 evaluates only before the first step and at the end."""
     save_every: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 3
@@ -364,6 +364,9 @@ def train(
     """Run until ``--steps`` or a signal; the path of the last checkpoint."""
     name = run_name(config.checkpoint)
     pad = trainer.batches.pad_id
+    if held is not None and trainer.done == 0:
+        rows = evaluation_batches(held, config.seq_len, config.batch_size, pad)
+        run.event("evaluation", step=0, val_loss=mean_answer_loss(trainer.model, rows)[0])
     stop = _StopFlag()
     path: Path | None = None
     bar = tqdm(total=config.steps, initial=trainer.done, desc="train", unit="step", disable=None)

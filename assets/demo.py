@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("runs/demo")
 MODEL = Path("assets/tiny_coder")
 DATA = Path("assets/stdlib_instruct.jsonl")
-STEPS = 40
+STEPS = 36
 
 console = Console()
 
@@ -52,7 +52,7 @@ def main() -> int:
     run(f"verify_qwen_prime.py {imported} --reference {MODEL}")
     run(
         f"qwen_prime_train.py --checkpoint {imported} --data {DATA} --output-dir {FOLDER / 'run'} --steps {STEPS} "
-        "--batch-size 2 --grad-accum 4 --lr 2e-3 --warmup 5 --eval-every 20 --no-gradient-checkpointing"
+        "--batch-size 2 --grad-accum 4 --lr 2e-3 --warmup 5 --eval-every 12 --no-gradient-checkpointing"
     )
     run(f"verify_qwen_prime.py {trained}")
     before, after_import, after = (

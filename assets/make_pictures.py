@@ -51,7 +51,8 @@ def draw_run(stats: Path, path: Path) -> None:
     steps = [x["step"] for x in lines]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     left.plot(steps, [x["loss"] for x in lines], color="#9bb7c4", linewidth=1, label="training answers")
-    held = [(x["step"], x["val_loss"]) for x in lines if x["val_loss"] is not None]
+    first = [x for x in read_lines(stats.with_name("events.jsonl")) if x["event"] == "evaluation"]
+    held = [(x["step"], x["val_loss"]) for x in [*first, *lines] if x["val_loss"] is not None]
     left.plot(*zip(*held, strict=True), "o-", color="#1f6f8b", label="held-out answers")
     left.set(xlabel="step", ylabel="nats per token", title="loss")
     left.legend(frameon=False)
