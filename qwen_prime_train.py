@@ -157,7 +157,9 @@ class VoteTrainer:
         self.floats = dict(model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.floats.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The newer name where transformers has it; the older one warns there.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         model.train()
 
     def step(self) -> StepResult:
