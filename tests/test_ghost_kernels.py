@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -40,13 +40,7 @@ def coarse_table() -> torch.Tensor:
 COARSE = manifolds.from_values("coarse", coarse_table())
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Most tensors here are too small for two threads; the tests of threads set their own number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def set_slices(monkeypatch: pytest.MonkeyPatch, elements: int | None) -> None:

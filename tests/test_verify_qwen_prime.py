@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -39,13 +39,7 @@ UP = "model.layers.1.mlp.up_proj"
 Q = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are too small to share: on a busy machine a second thread costs many times what it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def verify(checkpoint: Path, folder: Path, **options: Any) -> Outcome:
