@@ -125,4 +125,4 @@ def main(config: EvalConfig) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(prime_cli.run(EvalConfig, main, (DataError, ModelError, CheckpointError)))
+    raise SystemExit(prime_cli.run(EvalConfig, main, (DataError, ModelError, CheckpointError, OSError)))

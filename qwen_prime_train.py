@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 import prime_cli
 from ghost_core import Ballot, GhostError, MomentumRule, Movement, apply_votes, grids_of, name_grids
+from ghost_kernels import VoteUnits
 from prime_checkpoint import CheckpointError, created_by, load_checkpoint, save_checkpoint
 from prime_telemetry import RunLog
 from qwen_prime_data import (
@@ -114,6 +115,7 @@ class TrainConfig:
         if not (0 <= self.lr <= 1):
             raise ValueError(f"lr is {self.lr}, expected 0 to 1")
         MomentumRule(beta=self.beta)
+        VoteUnits.for_int16(self.grad_accum)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -455,4 +457,6 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(prime_cli.run(TrainConfig, main, (TrainError, DataError, ModelError, CheckpointError, GhostError)))
+    raise SystemExit(
+        prime_cli.run(TrainConfig, main, (TrainError, DataError, ModelError, CheckpointError, GhostError, OSError))
+    )

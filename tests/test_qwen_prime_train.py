@@ -256,7 +256,7 @@ def test_refusals(config: train.TrainConfig, tmp_path: Path) -> None:
         train.main(replace(config, steps=1, resume=True))
     with pytest.raises(train.TrainError, match="seed"):
         train.main(replace(config, seed=5, resume=True))
-    for wrong in ({"steps": 0}, {"lr": 2.0}, {"beta": 1.0}, {"warmup": -1}):
+    for wrong in ({"steps": 0}, {"lr": 2.0}, {"beta": 1.0}, {"warmup": -1}, {"grad_accum": 10_000}):
         with pytest.raises(ValueError):
             replace(config, **wrong)
     missing = replace(config, checkpoint=tmp_path / "absent.pt", output_dir=tmp_path / "other")
