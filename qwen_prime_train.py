@@ -91,7 +91,7 @@ class TrainConfig:
     beta: float = MomentumRule.beta
     """Share of the votes that survives a step."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a third more time, the same votes."""
+    """Recompute activations in the backward pass: less memory, more time, the same votes."""
     eval_every: int = 50
     """Steps between held-out evaluations; 0 evaluates only before the first step and at the end."""
     save_every: int = 100
