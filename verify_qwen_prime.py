@@ -58,7 +58,7 @@ LOSS_LIMIT = 1e-5
 SNR_LIMIT_DB = 75.0
 TOP1_LIMIT = 0.999
 COARSE_ENTROPY_LIMIT = 2.0
-"""Bits of entropy of the coarse coordinate below which a tensor counts as collapsed; every trained one measured has about 6."""
+"""Bits of entropy of the coarse coordinate below which a tensor counts as collapsed; trained ones have about 6."""
 ROW_NOISE_LIMIT = 8.0
 """How many standard deviations of rounding noise a row's probe may be off."""
 CAUSAL_LIMIT = 1e-4

@@ -3,8 +3,8 @@
 Method. A byte-level BPE of 4,096 entries with Qwen2's own pre-tokenizer is trained on the training files, the
 files are joined into one stream with ``<|endoftext|>`` between them, and the model reads it in windows: 512 tokens
 long for most of the run, 1,024 at the end. Hidden matrices are updated by Muon (momentum, then orthogonalized by a
-Newton-Schulz iteration), everything else by AdamW: the budget is less than one epoch on a CPU, and Muon is known to make
-more of few tokens (not compared here). The learning rate holds and then falls linearly to zero.
+Newton-Schulz iteration), everything else by AdamW: the budget is less than one epoch on a CPU, and Muon is known to
+make more of few tokens (not compared here). The learning rate holds and then falls linearly to zero.
 
 Every row length of every matrix is a multiple of 256, so each GGUF block type fits the exported model.
 
