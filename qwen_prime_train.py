@@ -2,19 +2,13 @@
 
     python qwen_prime_train.py --checkpoint coder_prime_init.pt --data records.jsonl --output-dir runs/coder
 
-A step is ``--grad-accum`` micro-batches. Each one's backward pass casts votes and leaves no weight gradient behind;
-at the end of the step the votes move the weights. Norms and biases, the only float parameters, follow a small AdamW.
-The loss of a step is the mean over all its answer tokens, however they are spread over micro-batches.
-
-A micro-batch whose loss or gradients are not finite leaves no trace: it is skipped, and if it broke in the middle of
-the backward pass the votes that it had cast are taken back by casting them again with the opposite sign.
+The step itself is in ``vote_trainer.py``; this script reads records, writes statistics and checkpoints, and stops well.
 ``stats.jsonl`` gets one line a step; checkpoints are whole training states, and ``--resume`` goes on bit for bit.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 import resource
 import signal
@@ -23,19 +17,16 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 import prime_cli
-from ghost_core import Ballot, GhostError, MomentumRule, Movement, apply_votes, grids_of, name_grids
-from ghost_kernels import VoteUnits
+from ghost_core import GhostError
 from prime_checkpoint import CheckpointError, created_by, load_checkpoint, save_checkpoint
 from prime_telemetry import RunLog
 from qwen_prime_data import (
-    Batch,
     DataError,
     EncodedSet,
     PackedBatches,
@@ -46,22 +37,18 @@ from qwen_prime_data import (
 )
 from qwen_prime_wrapper import (
     ModelError,
-    answer_loss,
     mean_answer_loss,
     model_from_checkpoint,
     model_tensors,
     tokenizer_from_checkpoint,
 )
+from vote_trainer import Recipe, TrainError, VoteTrainer, learning_rate
 
 log = logging.getLogger("train")
 
 
-class TrainError(RuntimeError):
-    """A run that cannot start or go on."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Recipe):
     """Fine-tune a PRIME checkpoint by integer votes."""
 
     checkpoint: Path
@@ -72,209 +59,26 @@ class TrainConfig:
     """The run's folder: config, statistics, events and checkpoints."""
     eval_data: Path | None = None
     """Held-out records; by default those of --data whose split is "eval", if there are any."""
-    steps: int = 300
-    """How many steps in all."""
     seq_len: int = 512
     """Tokens in a packed row."""
     batch_size: int = 1
     """Rows in a micro-batch."""
-    grad_accum: int = 32
-    """Micro-batches in a step."""
-    lr: float = 1e-4
-    """Learning rate of weights, norms and biases alike, of the size that suits AdamW."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to a tenth of --lr, or constant."""
-    warmup: int = 10
-    """Steps over which the learning rate rises."""
-    vote_rule: Literal["momentum"] = "momentum"
-    """The vote rule; see ghost_core.py."""
-    beta: float = MomentumRule.beta
-    """Share of the votes that survives a step."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, more time, the same votes."""
     eval_every: int = 50
     """Steps between held-out evaluations; 0 evaluates only before the first step and at the end."""
     save_every: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 3
     """How many of the run's checkpoints to keep."""
-    seed: int = 0
-    """Decides the order of the data and every random draw of the votes."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train."""
     resume: bool = False
     """Go on from the newest checkpoint of --output-dir."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "batch_size", "grad_accum", "save_every", "keep_last"):
+        super().__post_init__()
+        for name in ("seq_len", "batch_size", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "eval_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
-        if not (0 <= self.lr <= 1):
-            raise ValueError(f"lr is {self.lr}, expected 0 to 1")
-        MomentumRule(beta=self.beta)
-        VoteUnits.for_int16(self.grad_accum)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of a step, counted from 0."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    share = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(share, 1.0))))
-
-
-@dataclass
-class StepResult:
-    """What one step did."""
-
-    loss: float
-    tokens: int
-    answer_tokens: int
-    skipped: int
-    moved: dict[str, Movement]
-
-
-class VoteTrainer:
-    """The training state and the one operation on it, :meth:`step`; knows nothing of files or screens.
-
-    Owns the model (mutated), the ballot, the float optimizer and the data cursor.
-    """
-
-    def __init__(self, model: PreTrainedModel, batches: PackedBatches, config: TrainConfig) -> None:
-        self.model = model
-        self.batches = batches
-        self.config = config
-        self.done = 0
-        self.tokens = 0
-        self.ballot = Ballot(seed=config.seed, rule=MomentumRule(beta=config.beta))
-        name_grids(model, self.ballot)
-        self.grids = grids_of(model)
-        for grid in self.grids.values():
-            grid.unlock()
-        self.floats = dict(model.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.floats.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        if config.gradient_checkpointing:
-            # The newer name where transformers has it; the older one warns there.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        model.train()
-
-    def step(self) -> StepResult:
-        """One step: measure what has no yardstick yet, cast the votes of every micro-batch, apply them."""
-        count = self.config.grad_accum
-        micro_batches = [next(self.batches) for _ in range(count)]
-        answers = sum(b.answer_tokens for b in micro_batches)
-        if answers == 0:
-            raise TrainError(f"step {self.done} has no answer token: the data has nothing to learn at this seq-len")
-        rate = learning_rate(self.config, self.done)
-        weight = count / answers
-        self._measure(micro_batches[0], weight)
-        total, learned, skipped = 0.0, 0, 0
-        for k, batch in enumerate(micro_batches):
-            nats = self._cast(batch, k, weight)
-            if nats is None:
-                skipped += 1
-            else:
-                total += nats
-                learned += batch.answer_tokens
-        moved: dict[str, Movement] = {}
-        if skipped < count:
-            self.ballot.close()
-            moved = apply_votes(self.grids, rate)
-            self._step_floats(rate, count)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        tokens = sum(b.tokens for b in micro_batches)
-        self.tokens += tokens
-        return StepResult(total / learned if learned else math.nan, tokens, answers, skipped, moved)
-
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        device = self.config.device
-        loss, _ = answer_loss(
-            self.model, batch.input_ids.to(device), batch.labels.to(device), batch.position_ids.to(device)
-        )
-        return loss
-
-    def _measure(self, batch: Batch, weight: float) -> None:
-        """Give grids without an observation their first, from the step's first micro-batch; no votes."""
-        waiting = [g for g in self.grids.values() if g.waiting]
-        if not waiting:
-            return
-        self.ballot.open("measure", self.done, 0, self.config.grad_accum)
-        self.ballot.non_finite.clear()
-        loss = self._loss(batch)
-        if math.isfinite(loss.item()):
-            (loss * weight).backward()
-            for grid in waiting:
-                grid.finish_measuring()
-        self.ballot.close()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _cast(self, batch: Batch, k: int, weight: float) -> float | None:
-        """Votes of one micro-batch; its summed loss, or None where it was not finite and left no trace."""
-        before = {n: None if p.grad is None else p.grad.clone() for n, p in self.floats.items()}
-        self.ballot.open("cast", self.done, k, self.config.grad_accum)
-        self.ballot.non_finite.clear()
-        loss = self._loss(batch)
-        nats = loss.item()
-        if not math.isfinite(nats):
-            return None
-        (loss * weight).backward()
-        broken = bool(self.ballot.non_finite) or any(
-            p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in self.floats.values()
-        )
-        if broken:
-            self.ballot.open("retract", self.done, k, self.config.grad_accum)
-            (self._loss(batch) * weight).backward()
-            for name, parameter in self.floats.items():
-                parameter.grad = before[name]
-            return None
-        return nats
-
-    def _step_floats(self, rate: float, count: int) -> None:
-        for parameter in self.floats.values():
-            if parameter.grad is not None:
-                parameter.grad.div_(count)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-
-    def state(self) -> dict[str, Any]:
-        """Everything beside the model's tensors that the next step depends on, as a checkpoint's ``train_state``."""
-        return {
-            "step": self.done,
-            "tokens": self.tokens,
-            "seed": self.config.seed,
-            "vote_rule": self.config.vote_rule,
-            "micro_batches": self.config.grad_accum,
-            "data": self.batches.state_dict(),
-            "float_optimizer": self.optimizer.state_dict(),
-        }
-
-    def votes(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Vote state of the unlocked grids."""
-        return {name: grid.vote_state() for name, grid in self.grids.items() if grid.unlocked}
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from a training checkpoint of the same run.
-
-        Raises:
-            TrainError: another seed or number of micro-batches; votes are counted in units that depend on them.
-        """
-        state = checkpoint["train_state"]
-        for name, mine in (("seed", self.config.seed), ("micro_batches", self.config.grad_accum)):
-            if state[name] != mine:
-                raise TrainError(f"cannot resume: the checkpoint has {name} {state[name]}, this run {mine}")
-        self.done, self.tokens = state["step"], state["tokens"]
-        self.batches.load_state_dict(state["data"])
-        self.optimizer.load_state_dict(state["float_optimizer"])
-        for name, grid in self.grids.items():
-            grid.load_vote_state(checkpoint["votes"].get(name, {}))
+        if self.eval_every < 0:
+            raise ValueError(f"eval-every is {self.eval_every}, expected at least 0")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

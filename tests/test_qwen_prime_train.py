@@ -236,7 +236,7 @@ def test_random_targets_do_not_help_the_held_out_loss(config: train.TrainConfig)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    config = train.TrainConfig(Path("a"), Path("b"), Path("c"), steps=100, warmup=10, lr=1.0)
+    config = train.TrainConfig(checkpoint=Path("a"), data=Path("b"), output_dir=Path("c"), steps=100, warmup=10, lr=1.0)
     rates = [train.learning_rate(config, s) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and max(rates) <= 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=0.01)
