@@ -12,32 +12,22 @@ Who may vote is explicit: a grid votes while it is unlocked (its buffer exists) 
 as ``requires_grad`` have no say over integers. Closed, the same modules are an ordinary frozen network, and a locked
 grid costs no weight gradient; nothing below the lowest open grid is visited by the backward pass at all.
 
-The rule ``momentum`` (kernels in ``ghost_kernels``; it divides before it averages, as LaProp does, arXiv 2002.04839,
-with one second moment per row, as Adam-mini does, arXiv 2406.16793), for K micro-batches a step:
-
-    rms[row]  = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
-    votes    -= SR((1 - β) · U · g / (K · rms[row]))                       each micro-batch
-    value     = value + lr · votes / (U · scale[row]), drawn between neighbours    each step
-    votes     = SR(β · votes)
-    r2[row]   = β2 · r2[row] + (1 - β2) · mean of g² over columns and micro-batches, bias-corrected
-
-``r2`` comes from earlier steps, so that loud and quiet micro-batches keep their say; before a grid's first step it is
-measured on that step's first micro-batch with votes off. Every state of the rule is per weight an integer and per row a
-number, and no random bit depends on the order of micro-batches.
+What votes mean and do is the vote rule's business (``vote_rules``); this module only brings gradients to it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import ghost_kernels as kernels
-from manifolds import INDEX_MAX, Manifold
+from manifolds import Manifold
+from vote_rules import Ballot, VoteState
 
 HEADROOM = 1.25
 """A row's largest weight sits at 1/1.25 of its scale after import: it can grow by a quarter before it saturates."""
@@ -51,109 +41,14 @@ class GhostError(RuntimeError):
     """A grid used in a way that its state does not allow."""
 
 
-@dataclass(frozen=True)
-class MomentumRule:
-    """Hyperparameters of the vote rule ``momentum``; symbols as in the module docstring."""
-
-    beta: float = 0.7
-    """Share of the votes that survives a step."""
-    beta2: float = 0.95
-    """Memory of a row's mean square."""
-    floor: float = 0.5
-    """Rows quieter than this share of their tensor's RMS are measured by the tensor's."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("beta", 0.0, 1.0), ("beta2", 0.0, 1.0)):
-            if not low <= getattr(self, name) < high:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to below {high}")
-        if not self.floor >= 0:
-            raise ValueError(f"floor is {self.floor}, expected at least 0")
-
-    @property
-    def decay(self) -> int:
-        """``beta`` as a multiple of 2^-16, which is what the kernel uses."""
-        return round(self.beta * 65536)
-
-
-@dataclass
-class Ballot:
-    """What the backward pass is to do with weight gradients; one object shared by all grids of a model.
-
-    ``mode``: ``closed`` ignores them; ``measure`` takes the rows' mean squares of grids that have none yet; ``cast``
-    votes; ``retract`` takes the votes of an identical earlier pass back.
-    """
-
-    seed: int = 0
-    rule: MomentumRule = field(default_factory=MomentumRule)
-    step: int = 0
-    micro_batch: int = 0
-    micro_batches: int = 1
-    mode: str = "closed"
-    backend: str | None = None
-    non_finite: list[str] = field(default_factory=list)
-    """Names of grids that met a non-finite gradient since the list was last cleared; they did not vote."""
-
-    def open(self, mode: str, step: int, micro_batch: int, micro_batches: int) -> None:
-        """Set mode and place; ``micro_batches`` is K, constant within a step."""
-        if mode not in ("measure", "cast", "retract"):
-            raise ValueError(f"unknown ballot mode {mode!r}")
-        if not 0 <= micro_batch < micro_batches:
-            raise ValueError(f"micro-batch {micro_batch} of {micro_batches}")
-        self.mode, self.step, self.micro_batch, self.micro_batches = mode, step, micro_batch, micro_batches
-
-    def close(self) -> None:
-        """Gradients pass through and leave nothing behind."""
-        self.mode = "closed"
-
-    @property
-    def units(self) -> kernels.VoteUnits:
-        """Units of the vote buffers at the present K."""
-        return kernels.VoteUnits.for_int16(self.micro_batches)
-
-
-def tensor_id(name: str) -> int:
-    """A 63-bit number from a grid's name, for the hash keys: independent of the order in which modules are visited."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
-
-
-@dataclass
-class VoteState:
-    """What the rule keeps of an unlocked grid.
-
-    Attributes:
-        votes: int16 ``(out, in)``.
-        row_squares: int64 ``(out,)``: this step's sum of squared votes, 10 fractional bits each.
-        r2: float32 ``(out,)``: running mean square of the row's gradient, before bias correction.
-        observations: how many steps ``r2`` has seen.
-        anchor: a scalar that makes autograd visit the grid's backward though nothing there is a float parameter.
-    """
-
-    votes: torch.Tensor
-    row_squares: torch.Tensor
-    r2: torch.Tensor
-    observations: int
-    anchor: torch.Tensor
-
-    @staticmethod
-    def empty(indices: torch.Tensor) -> VoteState:
-        """No votes and no observation yet, for indices ``(out, in)``."""
-        rows, device = len(indices), indices.device
-        return VoteState(
-            votes=torch.zeros_like(indices),
-            row_squares=torch.zeros(rows, dtype=torch.int64, device=device),
-            r2=torch.zeros(rows, dtype=torch.float32, device=device),
-            observations=0,
-            anchor=torch.zeros((), device=device, requires_grad=True),
-        )
-
-
 class GhostGrid(nn.Module):
     """One discrete weight matrix.
 
     Buffers:
-        indices: int16 ``(out, in)``, -32767 to 32767.
+        indices: int16 ``(out, in)``: the words; on a manifold with vote bits their low bits are the vote buffer.
         scale: float32 ``(out,)``, positive; never trained.
-    While unlocked also ``state``, a :class:`VoteState`.
+    While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the grid
+    stands: 2 where head and embedding are tied.
     """
 
     indices: torch.Tensor
@@ -167,8 +62,8 @@ class GhostGrid(nn.Module):
         self.register_buffer("indices", torch.zeros(out_features, in_features, dtype=torch.int16))
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
         self.state: VoteState | None = None
+        self.uses = 1
         self._inverse_scale: torch.Tensor | None = None
-        self._yardstick: tuple[tuple[int, int, MomentumRule], torch.Tensor] | None = None
 
     # -- the weight -------------------------------------------------------------------------------------------------
 
@@ -225,13 +120,20 @@ class GhostGrid(nn.Module):
         for rows in self.slices():
             dense = weights[rows].to(torch.float32).contiguous()
             parts.append(kernels.snap(dense, self.scale[rows], self.tables(), out=self.indices[rows])[1])
-        return kernels.SnapReport(
-            elements=sum(p.elements for p in parts),
-            zeros=sum(p.zeros for p in parts),
-            saturated=sum(p.saturated for p in parts),
-            signal=sum(p.signal for p in parts),
-            noise=sum(p.noise for p in parts),
-        )
+        return kernels.SnapReport.total(parts)
+
+    @torch.no_grad()
+    def move_to(self, manifold: Manifold) -> kernels.SnapReport:
+        """Snap the present weights to the nearest entries of another manifold; scales stay, the grid must be locked."""
+        if self.state is not None:
+            raise GhostError(f"{self.name or 'the grid'} is unlocked: its votes belong to the manifold {manifold.name}")
+        parts = []
+        target = manifold.to(self.indices.device)
+        for rows in self.slices():
+            dense = self.dequantize(rows)
+            parts.append(kernels.snap(dense, self.scale[rows], target, out=self.indices[rows])[1])
+        self.manifold = target
+        return kernels.SnapReport.total(parts)
 
     # -- voting -----------------------------------------------------------------------------------------------------
 
@@ -242,8 +144,10 @@ class GhostGrid(nn.Module):
 
     @property
     def votes(self) -> torch.Tensor | None:
-        """The vote buffer, int16 ``(out, in)``, or None while locked."""
-        return None if self.state is None else self.state.votes
+        """The votes, int8 or int16 ``(out, in)``, or None while locked; a copy where the words hold them."""
+        if self.state is None:
+            return None
+        return self.tables().votes(self.indices) if self.state.votes is None else self.state.votes
 
     @property
     def waiting(self) -> bool:
@@ -253,12 +157,15 @@ class GhostGrid(nn.Module):
     def unlock(self) -> None:
         """Allocate an empty vote buffer and row state; a grid that is already unlocked keeps its own."""
         if self.state is None:
-            self.state = VoteState.empty(self.indices)
-            self._inverse_scale = kernels.inverse_scales(self.scale)
+            self.ballot.rule.check(self.tables(), 1, self.uses)
+            self.state = self.ballot.rule.open_state(self.indices)
 
     def lock(self) -> None:
-        """Drop the vote buffer and the row state: nothing is hoarded behind a lock."""
-        self.state = self._yardstick = None
+        """Drop the votes and the row state: nothing is hoarded behind a lock."""
+        if self.state is not None and self.state.votes is None:
+            for rows in self.slices():
+                self.indices[rows] = self.tables().levels(self.indices[rows]) << self.tables().vote_bits
+        self.state = None
 
     @property
     def anchor(self) -> torch.Tensor | None:
@@ -276,22 +183,11 @@ class GhostGrid(nn.Module):
             raise GhostError(f"{self.name or 'the grid'} is locked: it has no votes")
         return self.state
 
-    def yardstick(self) -> torch.Tensor:
-        """Votes per unit of gradient for each row, float32 ``(out,)``; 0 for a tensor that has seen no gradient."""
-        ballot, state = self.ballot, self._open_state()
-        key = (state.observations, ballot.micro_batches, ballot.rule)
-        if self._yardstick is None or self._yardstick[0] != key:
-            rule = ballot.rule
-            corrected = state.r2 / (1.0 - rule.beta2**state.observations)
-            seen = (corrected > 0).sum().clamp(min=1)
-            tensor_rms = corrected.sum().div(seen).sqrt()
-            rms = torch.maximum(corrected.sqrt(), rule.floor * tensor_rms)
-            # Without a floor, a row that has seen nothing yet is measured by its tensor: else it could never begin.
-            rms = torch.where(rms > 0, rms, tensor_rms)
-            value = (1.0 - rule.beta) * ballot.units.unit / ballot.micro_batches / rms
-            value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max)
-            self._yardstick = (key, value)
-        return self._yardstick[1]
+    def inverse_scale(self) -> torch.Tensor:
+        """``2^20 / scale``, int64 ``(out,)``: what a move in units of the scale needs instead of a division."""
+        if self._inverse_scale is None or self._inverse_scale.device != self.scale.device:
+            self._inverse_scale = kernels.inverse_scales(self.scale)
+        return self._inverse_scale
 
     def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int) -> None:
         """Measure or vote with the gradient of some rows.
@@ -301,27 +197,16 @@ class GhostGrid(nn.Module):
             rows: int64 ``(n,)``, each row at most once.
             use: tells two uses of one grid (head and embedding) apart in the random draw.
         """
-        ballot, state = self.ballot, self._open_state()
+        ballot = self.ballot
+        self._open_state()
         gradient = gradient.float().contiguous()
         # One sum is the cheapest test: it is finite only if every element is.
         if not math.isfinite(gradient.sum().item()):
             ballot.non_finite.append(self.name)
-            return
-        if ballot.mode == "measure":
-            # Row statistics in votes' units would need the yardstick that this pass is to find.
-            state.r2[rows] += (1 - ballot.rule.beta2) * gradient.square().mean(1).clamp(max=1e30)
-            return
-        kernels.cast_votes(
-            gradient,
-            rows,
-            self.yardstick(),
-            state.votes,
-            state.row_squares,
-            keys=kernels.hash_keys(ballot.seed, ballot.step, ballot.micro_batch, tensor_id(self.name), use),
-            limit=ballot.units.limit,
-            sign=-1 if ballot.mode == "retract" else 1,
-            backend=ballot.backend,
-        )
+        elif ballot.mode == "measure":
+            ballot.rule.measure(self, gradient, rows)
+        else:
+            ballot.rule.cast(self, gradient, rows, use % self.uses, -1 if ballot.mode == "retract" else 1)
 
     def finish_measuring(self) -> None:
         """Close a measuring pass: a tensor that saw any gradient has its first observation; one that met a non-finite
@@ -330,64 +215,58 @@ class GhostGrid(nn.Module):
         if not self.waiting:
             return
         if self.name in self.ballot.non_finite:
-            state.r2.zero_()
-        elif bool((state.r2 > 0).any()):
+            for numbers in state.rows.values():
+                numbers.zero_()
+        elif bool((state.rows["r2"] > 0).any()):
             state.observations = 1
 
-    def apply_votes(self, rate: float) -> tuple[int, int]:
-        """Move the weights by their votes, with integers only; (flips, travel) as ``ghost_kernels.apply_votes``."""
-        ballot, state = self.ballot, self._open_state()
-        if self._inverse_scale is None or self._inverse_scale.device != self.scale.device:
-            self._inverse_scale = kernels.inverse_scales(self.scale)
-        name = tensor_id(self.name)
-        draw = kernels.hash_keys(ballot.seed, ballot.step, -1, name)
-        fade = kernels.hash_keys(ballot.seed, ballot.step, -2, name)
-        return kernels.apply_votes(
-            self.indices,
-            state.votes,
-            kernels.integer_strides(self._inverse_scale, rate, ballot.units.unit),
-            self.tables(),
-            keys=(*draw, *fade),
-            decay=ballot.rule.decay,
-            carry=ballot.units.carry,
-            backend=ballot.backend,
-        )
+    def apply_votes(self, rate: float, shrink: int = 0) -> tuple[int, int, int]:
+        """Move the weights by their votes, with integers only.
+
+        Returns:
+            (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`.
+        """
+        self._open_state()
+        return self.ballot.rule.apply(self, rate, shrink)
 
     def update_yardstick(self) -> None:
-        """Fold the step's row statistics into ``r2``; the next step's votes are measured by them."""
-        if self.state is None or self.waiting:
-            return
-        ballot, state = self.ballot, self.state
-        beta2 = ballot.rule.beta2
-        yard = self.yardstick().double()
-        squares = state.row_squares.double() / 4.0 ** (16 - kernels.STAT_SHIFT)
-        mean = squares / (self.shape[1] * ballot.micro_batches) / yard.square()
-        mean = torch.where(yard > 0, mean, 0.0)
-        state.r2.copy_(beta2 * state.r2.double() + (1.0 - beta2) * mean)
-        state.row_squares.zero_()
-        state.observations += 1
+        """Fold the step's row statistics into the running ones; the next step's votes are measured by them."""
+        if self.state is not None and not self.waiting:
+            self.ballot.rule.update(self)
 
     def vote_state(self) -> dict[str, torch.Tensor]:
-        """Everything the rule needs to continue, by reference; empty while locked."""
+        """Everything the rule needs to continue, by reference; empty while locked. Votes inside words are not in it."""
         if self.state is None:
             return {}
-        return {
-            "votes": self.state.votes,
-            "r2": self.state.r2,
-            "row_squares": self.state.row_squares,
-            "observations": torch.tensor(self.state.observations, dtype=torch.int64),
-        }
+        state: dict[str, torch.Tensor] = {} if self.state.votes is None else {"votes": self.state.votes}
+        return {**state, **self.state.rows, "observations": torch.tensor(self.state.observations, dtype=torch.int64)}
 
     def load_vote_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore :meth:`vote_state` (copied); an empty one locks the grid."""
-        self.lock()
-        if state:
-            self.unlock()
-            mine = self._open_state()
+        """Restore :meth:`vote_state` (copied); an empty one locks the grid.
+
+        Raises:
+            GhostError: the state is another rule's.
+        """
+        if not state:
+            self.lock()
+            return
+        # Votes inside words came with the words and stay.
+        self.state = None
+        self.unlock()
+        mine = self._open_state()
+        own = self.vote_state()
+        for name in sorted(own.keys() | state.keys()):
+            if name not in own or name not in state or own[name].dtype != state[name].dtype:
+                raise GhostError(
+                    f"the votes of {self.name or 'the grid'} are not those of rule {self.ballot.rule.name}: {name} is "
+                    f"{state[name].dtype if name in state else 'missing'}, expected "
+                    f"{own[name].dtype if name in own else 'none'}; continue with the rule that wrote them"
+                )
+        if mine.votes is not None:
             mine.votes.copy_(state["votes"])
-            mine.r2.copy_(state["r2"])
-            mine.row_squares.copy_(state["row_squares"])
-            mine.observations = int(state["observations"])
+        for name, numbers in mine.rows.items():
+            numbers.copy_(state[name])
+        mine.observations = int(state["observations"])
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, {self.manifold.name}, {'unlocked' if self.unlocked else 'locked'}"
@@ -566,19 +445,29 @@ def grids_of(model: nn.Module) -> dict[str, GhostGrid]:
 
 
 def name_grids(model: nn.Module, ballot: Ballot) -> None:
-    """Tell every grid its name and give all of them one ballot."""
+    """Tell every grid its name and in how many places it stands, and give all of them one ballot."""
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False) if isinstance(m, GhostGrid))
     for name, grid in grids_of(model).items():
         grid.name = name
+        grid.uses = places[id(grid)]
         grid.ballot = ballot
 
 
 @dataclass(frozen=True)
 class Movement:
-    """What one step did to a grid: how many weights flipped, and how far these were sent, in units of their scale."""
+    """What one step did to a grid.
+
+    Attributes:
+        weights: how many it has.
+        flips: how many changed their index.
+        mean_travel: how far these were sent, in units of their scale.
+        clipped: how many were stopped by the edge of their row's range.
+    """
 
     weights: int
     flips: int
     mean_travel: float
+    clipped: int = 0
 
     @property
     def flip_rate(self) -> float:
@@ -586,17 +475,18 @@ class Movement:
         return self.flips / self.weights
 
 
-def apply_votes(grids: dict[str, GhostGrid], rate: float) -> dict[str, Movement]:
-    """End a step: apply the votes of every unlocked grid at learning rate ``rate`` and renew their yardsticks."""
+def apply_votes(grids: dict[str, GhostGrid], rate: float, weight_decay: float = 0.0) -> dict[str, Movement]:
+    """End a step: apply the votes of every unlocked grid and renew their yardsticks.
+
+    Args:
+        rate: learning rate, in units of weight.
+        weight_decay: as AdamW's: every weight loses ``rate * weight_decay`` of itself (arXiv 1711.05101).
+    """
+    shrink = round(rate * weight_decay * 2**32)
     moved = {}
     for name, grid in grids.items():
         if grid.unlocked:
-            flips, travel = grid.apply_votes(rate)
+            flips, travel, clipped = grid.apply_votes(rate, shrink)
             grid.update_yardstick()
-            moved[name] = Movement(grid.indices.numel(), flips, travel / 2.0**40 / max(flips, 1))
+            moved[name] = Movement(grid.indices.numel(), flips, travel / 2.0**40 / max(flips, 1), clipped)
     return moved
-
-
-def damaged_indices(indices: torch.Tensor) -> int:
-    """How many indices hold the one value that nothing ever writes (-32768)."""
-    return int((indices < -INDEX_MAX).sum())

@@ -4,21 +4,26 @@ Two backends behind one signature, with the same bits: ``torch`` (the reference:
 worked in slices) and ``numba`` (the CPU's: one fused pass per operation, a weight is read and written once).
 ``backend_for`` chooses by device and says which; nothing falls back in silence.
 
-The vote rule ``momentum`` in symbols. K micro-batches a step, g the gradient of one micro-batch's loss,
-SR unbiased stochastic rounding, U the votes per row RMS (``VoteUnits.unit``):
+The rule ``momentum`` in symbols (``vote_rules`` has the others). K micro-batches a step, g the gradient of one
+micro-batch's loss, SR unbiased stochastic rounding, U the votes per row RMS (``VoteUnits.unit``):
 
     cast   f = rint(2^16 · yardstick[row] · g)        with yardstick = (1 - β) U / (K · rms[row])
            votes -= (f + r) >> 16                     r uniform in [0, 2^16): E[vote] is exactly f / 2^16
-           row_squares[row] += Σ (f >> 6)^2           the row's measured size, for the next step's yardstick
+           row_squares[row] += Σ f^2                  the row's measured size, for the next step's yardstick
     apply  target = value[index] + stride[row] · votes, in fixed point with 40 fractional bits, clipped to ±1
            index  = one of the two entries around target, drawn so that its expectation is target
            votes  = SR(β · votes)
 
-Casting reads a float gradient and is the last place where a float occurs: ``apply_votes`` is integers from end to end,
-in both backends. Randomness is a hash of (two 32-bit keys, the element's position in the whole tensor); keys come from
-(seed, step, micro-batch, tensor), so no bit depends on slices, threads, device or the order of micro-batches.
-Sums cannot overflow: a vote is limited to what K of them may add up to (``VoteUnits.limit``), and is clipped, not
-wrapped.
+Casting reads a float gradient and is the last place where a float occurs: what applies votes is integers from end to
+end, in both backends. Randomness is a hash of (two 32-bit keys, the element's position in the whole tensor); keys come
+from (seed, step, tensor), so no bit depends on slices, threads, device or the order of micro-batches.
+
+A buffer never wraps and never saturates in the middle of a step, which would make the order of micro-batches matter.
+Half of its range belongs to what is carried over, half to the step's new votes, and the K micro-batches of a step share
+the latter like this: an element draws one random number a step, h, and micro-batch k rounds with
+r = (h + k · s) mod 2^16, s = 2^16 / K. Each r is uniform, so each vote is unbiased; together they are spread evenly
+(systematic sampling), so of K gradients clipped at B/K votes never more than B can round up, however small B/K is. So
+even a six-bit buffer holds at any K, and the rounding noise of K similar votes is that of one.
 
 Rejected: normalising a micro-batch by its own gradient's RMS (a row that sees only noise would vote as loud as one with
 signal); float noise from a generator (its bits depend on device and order); numba's own thread pool (not safe to enter
@@ -30,7 +35,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,16 +43,23 @@ import numba
 import numpy as np
 import torch
 
-from manifolds import BUCKET_BITS, FIXED_BITS, INDEX_MAX, Manifold
+from manifolds import BUCKET_BITS, FIXED_BITS, Manifold
 
 SLICE_ELEMENTS = 1 << 20
 """The torch backend works on at most about this many elements at a time, so no full-size temporary exists."""
-STAT_SHIFT = 6
-"""Votes enter the row statistics with ``16 - STAT_SHIFT`` fractional bits: sums of squares of rows of up to
-``COLUMNS_MAX`` columns stay below 2^63 however loud the votes are."""
 COLUMNS_MAX = 1 << 15
-USES = 2
-"""How often a grid may vote in a micro-batch: a tied one does as head and as embedding."""
+"""Widest row whose statistics cannot overflow 64 bits in a step, however loud its votes are."""
+_STAT_BITS = 46
+UNITS = {16: 256, 8: 32, 6: 8}
+"""Votes in one row RMS, by the width of the buffer."""
+SLOTS_MAX = 1024
+"""Most uses of a grid in one step."""
+DRAW_BITS = 28
+"""Bits of the draw between two neighbours."""
+WHISPER_BITS = 12
+"""Fractional bits of a gradient in units of its tensor's RMS, where the rules of whisper votes compare it."""
+WHISPER_LIMIT = 128
+"""Largest such gradient; louder ones are cut."""
 _MASK = 0xFFFFFFFF
 _ONE = 1 << FIXED_BITS
 
@@ -58,26 +70,40 @@ class KernelError(ValueError):
 
 @dataclass(frozen=True)
 class VoteUnits:
-    """What the integers of a vote buffer mean.
+    """What the integers of a vote buffer mean, and how a step's votes share its range (module docstring).
 
     Attributes:
         unit: votes in one row RMS of the accumulated, averaged gradient.
-        limit: largest magnitude of a single vote; K micro-batches of them, from ``USES`` uses each, on top of a decayed
-            buffer cannot leave the buffer's dtype.
+        limit: largest magnitude of a single expected vote, as a multiple of 2^-16.
+        spacing: what the draws of two neighbouring slots differ by, of 2^16; a slot is one use in one micro-batch.
         carry: largest magnitude that a buffer keeps from one step to the next.
+        stat_shift: bits by which f is rounded before it is squared for the row statistics.
     """
 
     unit: int
     limit: int
+    spacing: int
     carry: int
+    stat_shift: int
 
     @staticmethod
-    def for_int16(micro_batches: int) -> VoteUnits:
-        """Units of an int16 buffer: half of its range for what is carried over, half for a step's new votes."""
-        half = INDEX_MAX // 2
-        if not 1 <= micro_batches <= half // USES:
-            raise KernelError(f"micro_batches is {micro_batches}, expected 1 to {half // USES}")
-        return VoteUnits(unit=256, limit=half // (USES * micro_batches), carry=half)
+    def for_buffer(bits: int, micro_batches: int, uses: int = 1) -> VoteUnits:
+        """Units of a buffer of 6, 8 or 16 bits in a step of so many micro-batches, each using the grid ``uses`` times.
+
+        Raises:
+            KernelError: another width, or more micro-batches than the draws can be spread over.
+        """
+        if bits not in UNITS:
+            raise KernelError(f"a vote buffer has {bits} bits, expected one of {', '.join(map(str, UNITS))}")
+        slots = micro_batches * uses
+        if not 1 <= slots <= SLOTS_MAX:
+            raise KernelError(f"micro_batches is {micro_batches}, expected 1 to {SLOTS_MAX // uses}")
+        budget = 1 << bits - 2
+        spacing = 65536 // slots
+        limit = budget * spacing
+        # (limit >> shift)^2, summed over a step's slots, stays below 2^_STAT_BITS.
+        shift = max(0, math.ceil((math.log2(limit * limit * slots) - _STAT_BITS) / 2))
+        return VoteUnits(UNITS[bits], limit, spacing, budget - 1, shift)
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,17 @@ class SnapReport:
     saturated: int
     signal: float
     noise: float
+
+    @staticmethod
+    def total(parts: Sequence[SnapReport]) -> SnapReport:
+        """The report of all parts together."""
+        return SnapReport(
+            elements=sum(p.elements for p in parts),
+            zeros=sum(p.zeros for p in parts),
+            saturated=sum(p.saturated for p in parts),
+            signal=sum(p.signal for p in parts),
+            noise=sum(p.noise for p in parts),
+        )
 
     @property
     def snr_db(self) -> float:
@@ -131,7 +168,7 @@ def _dequantize_rows(indices, scale, values, out, start, stop):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _snap_rows(weights, scale, thresholds, buckets, values, out, sums, start, stop):
+def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums, start, stop):
     # No array is indexed by a value that was not brought into [0, 1] first: NaN saturates.
     zeros = 0
     saturated = 0
@@ -154,11 +191,12 @@ def _snap_rows(weights, scale, thresholds, buckets, values, out, sums, start, st
                     low = middle
                 else:
                     high = middle - 1
-            index = low if w >= np.float32(0.0) else -low
-            out[i, j] = index
+            word = low << vote_bits
+            word = word if w >= np.float32(0.0) else -word
+            out[i, j] = word
             if low == 0:
                 zeros += 1
-            error = np.float64(w) - np.float64(values[index + 32768] * s)
+            error = np.float64(w) - np.float64(values[word + 32768] * s)
             noise += error * error
             signal += np.float64(w) * np.float64(w)
     sums[0] += zeros
@@ -168,30 +206,143 @@ def _snap_rows(weights, scale, thresholds, buckets, values, out, sums, start, st
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _cast_rows(gradient, rows, yardstick, votes, squares, columns, key0, key1, limit, sign, start, stop):
+def _cast_rows(gradient, rows, yardstick, votes, squares, columns, key0, key1, offset, limit, shift, sign, start, stop):
     top = np.float32(limit)
+    half = (np.int32(1) << shift) >> np.int32(1)
     for k in range(start, stop):
         i = rows[k]
         y = yardstick[i]
         base = np.uint32(i * columns)
         total = np.int64(0)
         for j in range(columns):
-            t = gradient[k, j] * y
-            t = min(max(t, -top), top)
-            f = np.int32(np.rint(t * np.float32(65536.0)))
-            r = np.int32(_hash(base + np.uint32(j), key0, key1) & np.uint32(0xFFFF))
+            t = gradient[k, j] * y * np.float32(65536.0)
+            f = np.int32(np.rint(min(max(t, -top), top)))
+            r = np.int32((_hash(base + np.uint32(j), key0, key1) + offset) & np.uint32(0xFFFF))
             v = (f + r) >> np.int32(16)
-            votes[i, j] -= np.int16(v * sign)
-            q = np.int64(f >> np.int32(6))
+            votes[i, j] -= v * sign
+            q = np.int64((f + half) >> shift)
             total += q * q
         squares[i] += total * sign
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, carry, counts, start, stop):
+def _whisper_rows(gradient, rows, yardstick, gate, votes, sizes, squares, sign, start, stop):
+    one = np.float32(1 << WHISPER_BITS)
+    top = np.float32(WHISPER_LIMIT << WHISPER_BITS)
+    for k in range(start, stop):
+        i = rows[k]
+        y = yardstick[i]
+        total = np.int64(0)
+        squared = np.int64(0)
+        for j in range(gradient.shape[1]):
+            t = gradient[k, j] * y * one
+            f = np.int32(np.rint(min(max(t, -top), top)))
+            size = abs(f)
+            if size > gate:
+                votes[i, j] -= sign if f > 0 else -sign
+            total += size
+            squared += np.int64(size) * np.int64(size)
+        sizes[i] += total * sign
+        squares[i] += squared * sign
+
+
+@numba.njit(inline="always")
+def _move(level, push, shrink, fixed, buckets, draw):
+    """The level that a weight moves to and how far it was sent; the second is negative if ±1 cut it short."""
     one = np.int64(1) << np.int64(40)
+    size = fixed[min(abs(level), len(fixed) - 1)]
+    size -= (size * shrink) >> np.int64(32)
+    start = -size if level < 0 else size
+    wanted = start + push
+    target = min(max(wanted, -one), one)
+    size = abs(target)
+    bucket = size >> np.int64(25)
+    low = buckets[bucket]
+    high = buckets[bucket + 1]
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if fixed[middle] <= size:
+            low = middle
+        else:
+            high = middle - 1
+    rest = size - fixed[low]
+    new = np.int64(low)
+    if rest > 0:
+        gap = fixed[low + 1] - fixed[low]
+        if np.int64(draw >> np.uint32(4)) * gap < rest << np.int64(28):
+            new += 1
+    if target < 0:
+        new = -new
+    return new, abs(target - start), wanted != target
+
+
+@numba.njit(inline="always")
+def _fade(votes, decay, carry, draw):
+    kept = (votes * decay + np.int64(draw & np.uint32(0xFFFF))) >> np.int64(16)
+    return min(max(kept, -carry), carry)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
     flips = np.int64(0)
     travel = np.int64(0)
+    clipped = np.int64(0)
+    for i in range(start, stop):
+        step = stride[i]
+        base = np.uint32(i * columns)
+        for j in range(columns):
+            m = np.int64(votes[i, j])
+            if m == 0 and shrink == 0:
+                continue
+            position = base + np.uint32(j)
+            old = np.int64(indices[i, j])
+            new, way, cut = _move(old, m * step, shrink, fixed, buckets, _hash(position, keys[0], keys[1]))
+            clipped += cut
+            if new != old:
+                flips += 1
+                travel += way
+                indices[i, j] = new
+            votes[i, j] = _fade(m, decay, carry, _hash(position, keys[2], keys[3]))
+    counts[0] += flips
+    counts[1] += travel
+    counts[2] += clipped
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
+    half = (np.int64(1) << bits) >> np.int64(1)
+    flips = np.int64(0)
+    travel = np.int64(0)
+    clipped = np.int64(0)
+    for i in range(start, stop):
+        step = stride[i]
+        base = np.uint32(i * columns)
+        for j in range(columns):
+            word = np.int64(words[i, j])
+            old = (word + half) >> bits
+            m = word - (old << bits)
+            if m == 0 and shrink == 0:
+                continue
+            position = base + np.uint32(j)
+            new, way, cut = _move(old, m * step, shrink, fixed, buckets, _hash(position, keys[0], keys[1]))
+            clipped += cut
+            if new != old:
+                flips += 1
+                travel += way
+            words[i, j] = (new << bits) + _fade(m, decay, carry, _hash(position, keys[2], keys[3]))
+    counts[0] += flips
+    counts[1] += travel
+    counts[2] += clipped
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _flip_rows(
+    indices, votes, stride, fixed, columns, keys, threshold, jitter, chance, decay, carry, counts, start, stop
+):
+    top = np.int64(len(fixed) - 1)
+    flips = np.int64(0)
+    travel = np.int64(0)
+    clipped = np.int64(0)
     for i in range(start, stop):
         step = stride[i]
         base = np.uint32(i * columns)
@@ -200,38 +351,28 @@ def _apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, ca
             if m == 0:
                 continue
             position = base + np.uint32(j)
-            old = np.int64(indices[i, j])
-            current = fixed[min(abs(old), 32767)]
-            if old < 0:
-                current = -current
-            target = min(max(current + m * step, -one), one)
-            size = abs(target)
-            bucket = size >> np.int64(25)
-            low = buckets[bucket]
-            high = buckets[bucket + 1]
-            while low < high:
-                middle = (low + high + 1) >> 1
-                if fixed[middle] <= size:
-                    low = middle
-                else:
-                    high = middle - 1
-            rest = size - fixed[low]
-            new = np.int64(low)
-            if rest > 0:
-                gap = fixed[low + 1] - fixed[low]
-                if np.int64(_hash(position, keys[0], keys[1])) * gap < rest << np.int64(32):
-                    new += 1
-            if target < 0:
-                new = -new
-            if new != old:
-                flips += 1
-                travel += abs(target - current)
-                indices[i, j] = np.int16(new)
-            r = np.int64(_hash(position, keys[2], keys[3]) & np.uint32(0xFFFF))
-            m = (m * decay + r) >> np.int64(16)
-            votes[i, j] = np.int16(min(max(m, -carry), carry))
+            first = _hash(position, keys[0], keys[1])
+            second = _hash(position, keys[2], keys[3])
+            noise = (np.int64(first & np.uint32(0xFFFF)) * (2 * jitter + 1)) >> np.int64(16)
+            n = m + noise - jitter
+            if n != 0 and abs(n) >= threshold and np.int64(first >> np.uint32(16)) < chance:
+                old = np.int64(indices[i, j])
+                way = (step + np.int64(second & np.uint32(0xFFFF))) >> np.int64(16)
+                wanted = old + way if n > 0 else old - way
+                new = min(max(wanted, -top), top)
+                clipped += wanted != new
+                if new != old:
+                    flips += 1
+                    before = fixed[abs(old)] if old >= 0 else -fixed[abs(old)]
+                    after = fixed[abs(new)] if new >= 0 else -fixed[abs(new)]
+                    travel += abs(after - before)
+                    indices[i, j] = new
+                votes[i, j] = 0
+            else:
+                votes[i, j] = _fade(m, decay, carry, second >> np.uint32(16))
     counts[0] += flips
     counts[1] += travel
+    counts[2] += clipped
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -302,9 +443,9 @@ def _snap_reference(
         sums[1] += (~(x <= 1)).sum().item()
         low = torch.bucketize(torch.where(x <= 1, x, 1.0), manifold.thresholds, right=True, out_int32=True) - 1
         sums[0] += (low == 0).sum().item()
-        low = torch.where(w < 0, -low, low)
-        out[part] = low.to(torch.int16)
-        error = w.double() - (manifold.values[low + 32768] * scale[part, None]).double()
+        word = torch.where(w < 0, -low, low) << manifold.vote_bits
+        out[part] = word.to(torch.int16)
+        error = w.double() - (manifold.values[word + 32768] * scale[part, None]).double()
         sums[3] += error.square().sum().item()
         sums[2] += w.double().square().sum().item()
 
@@ -316,59 +457,131 @@ def _cast_reference(
     votes: torch.Tensor,
     squares: torch.Tensor,
     keys: tuple[int, int],
-    limit: int,
+    offset: int,
+    units: VoteUnits,
     sign: int,
 ) -> None:
     columns = gradient.shape[1]
+    half = 1 << units.stat_shift >> 1
     for part in _row_slices(*gradient.shape):
         i = rows[part.start : part.stop]
-        t = gradient[part.start : part.stop] * yardstick[i, None]
-        f = torch.round(t.clamp_(-float(limit), float(limit)) * 65536.0).to(torch.int64)
-        r = _hash_reference(_positions(i, columns), *keys) & 0xFFFF
+        t = gradient[part.start : part.stop] * yardstick[i, None] * 65536.0
+        f = torch.round(t.clamp_(-float(units.limit), float(units.limit))).to(torch.int64)
+        r = (_hash_reference(_positions(i, columns), *keys) + offset) & 0xFFFF
         votes[i] -= (((f + r) >> 16) * sign).to(votes.dtype)
-        squares[i] += (f >> STAT_SHIFT).square().sum(1) * sign
+        squares[i] += ((f + half) >> units.stat_shift).square().sum(1) * sign
+
+
+def _whisper_reference(
+    gradient: torch.Tensor,
+    rows: torch.Tensor,
+    yardstick: torch.Tensor,
+    gate: int,
+    votes: torch.Tensor,
+    sizes: torch.Tensor,
+    squares: torch.Tensor,
+    sign: int,
+) -> None:
+    top = float(WHISPER_LIMIT << WHISPER_BITS)
+    for part in _row_slices(*gradient.shape):
+        i = rows[part.start : part.stop]
+        t = gradient[part.start : part.stop] * yardstick[i, None] * float(1 << WHISPER_BITS)
+        f = torch.round(t.clamp_(-top, top)).to(torch.int64)
+        size = f.abs()
+        votes[i] -= (torch.where(size > gate, f.sign(), 0) * sign).to(votes.dtype)
+        sizes[i] += size.sum(1) * sign
+        squares[i] += size.square().sum(1) * sign
+
+
+def _signed(levels: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+    return fixed[levels.abs().clamp(max=len(fixed) - 1)] * levels.sign()
 
 
 def _apply_reference(
-    indices: torch.Tensor,
-    votes: torch.Tensor,
+    words: torch.Tensor,
+    votes: torch.Tensor | None,
     stride: torch.Tensor,
     manifold: Manifold,
     keys: tuple[int, int, int, int],
     decay: int,
     carry: int,
-) -> tuple[int, int]:
-    columns = indices.shape[1]
-    fixed = manifold.fixed
-    flips = travel = 0
-    for rows in _row_slices(*indices.shape):
+    shrink: int,
+) -> tuple[int, int, int]:
+    columns = words.shape[1]
+    fixed, bits = manifold.fixed, manifold.vote_bits
+    flips = travel = clipped = 0
+    for rows in _row_slices(*words.shape):
         part = slice(rows.start, rows.stop)
-        m = votes[part].long()
-        old = indices[part].long()
-        current = fixed[old.abs().clamp(max=INDEX_MAX)] * old.sign()
-        target = (current + m * stride[part, None]).clamp_(-_ONE, _ONE)
+        old = manifold.levels(words[part]).long()
+        m = words[part].long() - (old << bits) if votes is None else votes[part].long()
+        size = fixed[old.abs().clamp(max=manifold.top)]
+        size = size - (size * shrink >> 32)
+        start = torch.where(old < 0, -size, size)
+        wanted = start + m * stride[part, None]
+        target = wanted.clamp(-_ONE, _ONE)
         size = target.abs()
         low = torch.bucketize(size, fixed, right=True) - 1
         rest = size - fixed[low]
-        gap = fixed[(low + 1).clamp_(max=INDEX_MAX)] - fixed[low]
-        position = _positions(torch.arange(rows.start, rows.stop, device=indices.device), columns)
-        up = _hash_reference(position, keys[0], keys[1]) * gap < rest << 32
+        gap = fixed[(low + 1).clamp_(max=manifold.top)] - fixed[low]
+        position = _positions(torch.arange(rows.start, rows.stop, device=words.device), columns)
+        up = (_hash_reference(position, keys[0], keys[1]) >> 32 - DRAW_BITS) * gap < rest << DRAW_BITS
         new = (low + up.long()) * torch.where(target < 0, -1, 1)
-        new = torch.where(m == 0, old, new)
+        still = (m == 0) & (shrink == 0)
+        new = torch.where(still, old, new)
         moved = new != old
         flips += int(moved.sum())
-        travel += int(torch.where(moved, (target - current).abs(), 0).sum())
-        indices[part] = new.to(torch.int16)
+        travel += int(torch.where(moved, (target - start).abs(), 0).sum())
+        clipped += int((~still & (wanted != target)).sum())
         r = _hash_reference(position, keys[2], keys[3]) & 0xFFFF
-        kept = ((m * decay + r) >> 16).clamp_(-carry, carry)
-        votes[part] = torch.where(m == 0, 0, kept).to(votes.dtype)
-    return flips, travel
+        kept = torch.where(m == 0, 0, ((m * decay + r) >> 16).clamp_(-carry, carry))
+        if votes is None:
+            words[part] = ((new << bits) + kept).to(torch.int16)
+        else:
+            words[part] = new.to(torch.int16)
+            votes[part] = kept.to(votes.dtype)
+    return flips, travel, clipped
+
+
+def _flip_reference(
+    indices: torch.Tensor,
+    votes: torch.Tensor,
+    stride: torch.Tensor,
+    manifold: Manifold,
+    keys: tuple[int, int, int, int],
+    threshold: int,
+    jitter: int,
+    chance: int,
+    decay: int,
+    carry: int,
+) -> tuple[int, int, int]:
+    columns = indices.shape[1]
+    flips = travel = clipped = 0
+    for rows in _row_slices(*indices.shape):
+        part = slice(rows.start, rows.stop)
+        m, old = votes[part].long(), indices[part].long()
+        position = _positions(torch.arange(rows.start, rows.stop, device=indices.device), columns)
+        first = _hash_reference(position, keys[0], keys[1])
+        second = _hash_reference(position, keys[2], keys[3])
+        n = m + ((first & 0xFFFF) * (2 * jitter + 1) >> 16) - jitter
+        through = (m != 0) & (n != 0) & (n.abs() >= threshold) & ((first >> 16) < chance)
+        way = (stride[part, None] + (second & 0xFFFF)) >> 16
+        wanted = torch.where(through, old + n.sign() * way, old)
+        new = wanted.clamp(-manifold.top, manifold.top)
+        flips += int((new != old).sum())
+        clipped += int((new != wanted).sum())
+        travel += int((_signed(new, manifold.fixed) - _signed(old, manifold.fixed)).abs().sum())
+        indices[part] = new.to(torch.int16)
+        kept = ((m * decay + (second >> 16)) >> 16).clamp_(-carry, carry)
+        votes[part] = torch.where((m == 0) | through, 0, kept).to(votes.dtype)
+    return flips, travel, clipped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the functions
 
 BACKENDS = ("numba", "torch")
+BUFFERS = (torch.int8, torch.int16)
+"""Types of a vote buffer."""
 
 
 def backend_for(device: torch.device | str, wanted: str | None = None) -> str:
@@ -498,11 +711,12 @@ def snap(
     _check("out", out, torch.int16, (rows, columns), device)
     if backend_for(device, backend) == "numba":
         tables = (manifold.thresholds.numpy(), manifold.threshold_buckets.numpy(), manifold.values.numpy())
+        bits = np.int32(manifold.vote_bits)
         parts: dict[int, np.ndarray] = {}
 
         def run(start: int, stop: int) -> None:
             sums = parts[start] = np.zeros(4)
-            _snap_rows(weights.numpy(), scale.numpy(), *tables, out.numpy(), sums, start, stop)
+            _snap_rows(weights.numpy(), scale.numpy(), *tables, bits, out.numpy(), sums, start, stop)
 
         _run_rows(run, rows, weights.numel())
         # In the order of rows, not of completion: float sums depend on it.
@@ -513,6 +727,37 @@ def snap(
     return out, SnapReport(weights.numel(), int(sums[0]), int(sums[1]), float(sums[2]), float(sums[3]))
 
 
+def _check_cast(
+    gradient: torch.Tensor,
+    rows: torch.Tensor,
+    yardstick: torch.Tensor,
+    votes: torch.Tensor,
+    statistics: dict[str, torch.Tensor],
+    sign: int,
+    backend: str | None,
+) -> str:
+    """What the two ways to cast ask of their arguments; returns the backend."""
+    count, columns = _matrix("gradient", gradient)
+    out_rows, _ = _matrix("votes", votes)
+    device = gradient.device
+    _check("gradient", gradient, torch.float32, (count, columns), device)
+    _check("rows", rows, torch.int64, (count,), device)
+    _check("yardstick", yardstick, torch.float32, (out_rows,), device)
+    _check("votes", votes, votes.dtype if votes.dtype in BUFFERS else torch.int16, (out_rows, columns), device)
+    for name, tensor in statistics.items():
+        _check(name, tensor, torch.int64, (out_rows,), device)
+    if columns > COLUMNS_MAX:
+        raise KernelError(
+            f"gradient has {columns} columns, expected at most {COLUMNS_MAX}: row statistics would overflow"
+        )
+    if sign not in (1, -1):
+        raise KernelError(f"sign is {sign}, expected 1 or -1")
+    name = backend_for(device, backend)
+    if name == "numba" and count and not (int(rows.min()) >= 0 and int(rows.max()) < out_rows):
+        raise KernelError(f"rows run from {int(rows.min())} to {int(rows.max())}, expected 0 to {out_rows - 1}")
+    return name
+
+
 def cast_votes(
     gradient: torch.Tensor,
     rows: torch.Tensor,
@@ -521,7 +766,8 @@ def cast_votes(
     row_squares: torch.Tensor,
     *,
     keys: tuple[int, int],
-    limit: int,
+    slot: int,
+    units: VoteUnits,
     sign: int = 1,
     backend: str | None = None,
 ) -> None:
@@ -533,33 +779,55 @@ def cast_votes(
         gradient: float32 ``(n, in)``, finite: whole rows of the tensor's gradient.
         rows: int64 ``(n,)``, each at most once: which rows of the tensor these are.
         yardstick: float32 ``(out,)``: votes per unit of gradient.
-        votes: int16 ``(out, in)``, mutated.
+        votes: int8 or int16 ``(out, in)``, mutated; words of a manifold with vote bits are such a buffer too.
         row_squares: int64 ``(out,)``, mutated.
-        keys: from :func:`hash_keys`.
-        limit: from :class:`VoteUnits`.
+        keys: from :func:`hash_keys`, the same for all slots of a step.
+        slot: number of this use in this micro-batch among those of the step, from 0.
+        units: those of the buffer and the step.
     """
-    count, columns = _matrix("gradient", gradient)
-    out_rows, _ = _matrix("votes", votes)
-    device = gradient.device
-    _check("gradient", gradient, torch.float32, (count, columns), device)
-    _check("rows", rows, torch.int64, (count,), device)
-    _check("yardstick", yardstick, torch.float32, (out_rows,), device)
-    _check("votes", votes, torch.int16, (out_rows, columns), device)
-    _check("row_squares", row_squares, torch.int64, (out_rows,), device)
-    if columns > COLUMNS_MAX:
-        raise KernelError(
-            f"gradient has {columns} columns, expected at most {COLUMNS_MAX}: row statistics would overflow"
-        )
-    if not 1 <= limit <= INDEX_MAX // 2 or sign not in (1, -1):
-        raise KernelError(f"limit is {limit} and sign {sign}, expected 1 to {INDEX_MAX // 2} and 1 or -1")
-    if backend_for(device, backend) == "numba":
-        if count and not (int(rows.min()) >= 0 and int(rows.max()) < out_rows):
-            raise KernelError(f"rows run from {int(rows.min())} to {int(rows.max())}, expected 0 to {out_rows - 1}")
+    name = _check_cast(gradient, rows, yardstick, votes, {"row_squares": row_squares}, sign, backend)
+    if not 0 <= slot * units.spacing < 65536:
+        raise KernelError(f"slot is {slot}, expected 0 to {65536 // units.spacing - 1}")
+    offset = slot * units.spacing
+    if name == "numba":
         arrays = (gradient.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy(), row_squares.numpy())
-        plain = (columns, np.uint32(keys[0]), np.uint32(keys[1]), limit, np.int32(sign))
-        _run_rows(_cast_rows, count, gradient.numel(), *arrays, *plain)
+        plain = (np.uint32(keys[0]), np.uint32(keys[1]), np.uint32(offset), np.int32(units.limit))
+        signs = (np.int32(units.stat_shift), np.int32(sign))
+        _run_rows(_cast_rows, len(rows), gradient.numel(), *arrays, gradient.shape[1], *plain, *signs)
     else:
-        _cast_reference(gradient, rows, yardstick, votes, row_squares, keys, limit, sign)
+        _cast_reference(gradient, rows, yardstick, votes, row_squares, keys, offset, units, sign)
+
+
+def cast_whispers(
+    gradient: torch.Tensor,
+    rows: torch.Tensor,
+    yardstick: torch.Tensor,
+    votes: torch.Tensor,
+    row_sizes: torch.Tensor,
+    row_squares: torch.Tensor,
+    *,
+    gate: int,
+    sign: int = 1,
+    backend: str | None = None,
+) -> None:
+    """One vote against the gradient's sign wherever it is larger than a gate; nothing elsewhere.
+
+    Args:
+        gradient: float32 ``(n, in)``, finite: whole rows of the tensor's gradient.
+        rows: int64 ``(n,)``, each at most once.
+        yardstick: float32 ``(out,)``: the reciprocal of the RMS in whose units the gate is given.
+        votes: int8 or int16 ``(out, in)``, mutated.
+        row_sizes: int64 ``(out,)``, mutated: sums of magnitudes with ``WHISPER_BITS`` fractional bits.
+        row_squares: int64 ``(out,)``, mutated: sums of their squares.
+        gate: a multiple of ``2**-WHISPER_BITS``.
+    """
+    statistics = {"row_sizes": row_sizes, "row_squares": row_squares}
+    if _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend) == "numba":
+        arrays = (votes.numpy(), row_sizes.numpy(), row_squares.numpy(), np.int32(sign))
+        read = (gradient.numpy(), rows.numpy(), yardstick.numpy(), np.int32(min(gate, 2**31 - 1)))
+        _run_rows(_whisper_rows, len(rows), gradient.numel(), *read, *arrays)
+    else:
+        _whisper_reference(gradient, rows, yardstick, gate, votes, row_sizes, row_squares, sign)
 
 
 def integer_strides(inverse_scale: torch.Tensor, rate: float, unit: int) -> torch.Tensor:
@@ -599,53 +867,118 @@ def inverse_scales(scale: torch.Tensor) -> torch.Tensor:
     return (2.0**_INVERSE_BITS / scale.double()).round().clamp(1, 2.0**42).long()
 
 
+def _check_apply(indices: torch.Tensor, votes: torch.Tensor, stride: torch.Tensor, manifold: Manifold) -> None:
+    rows, columns = _matrix("indices", indices)
+    device = indices.device
+    _check("indices", indices, torch.int16, (rows, columns), device)
+    _check("votes", votes, votes.dtype if votes.dtype in BUFFERS else torch.int16, (rows, columns), device)
+    _check("stride", stride, torch.int64, (rows,), device)
+    _check_table(manifold, device)
+
+
+def _count_rows(function: Callable[..., None], indices: torch.Tensor, *arguments: object) -> tuple[int, int, int]:
+    """Run a row kernel that ends in (counts, start, stop) and add the counts up."""
+    parts: list[np.ndarray] = []
+
+    def run(start: int, stop: int) -> None:
+        counts = np.zeros(3, dtype=np.int64)
+        parts.append(counts)
+        function(*arguments, counts, start, stop)
+
+    _run_rows(run, len(indices), indices.numel())
+    flips, travel, clipped = np.sum(parts, axis=0)
+    return int(flips), int(travel), int(clipped)
+
+
 def apply_votes(
     indices: torch.Tensor,
-    votes: torch.Tensor,
+    votes: torch.Tensor | None,
     stride: torch.Tensor,
     manifold: Manifold,
     *,
     keys: tuple[int, int, int, int],
     decay: int,
     carry: int,
+    shrink: int = 0,
     backend: str | None = None,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Move every weight by its votes and let the votes fade (module docstring, ``apply``). Integer operations only.
 
     Args:
         indices: int16 ``(out, in)``, mutated.
-        votes: int16 ``(out, in)``, mutated.
+        votes: int8 or int16 ``(out, in)``, mutated; None where the words hold their own votes.
         stride: int64 ``(out,)`` from :func:`integer_strides`.
         keys: two pairs from :func:`hash_keys`: for the draw between neighbours and for the rounding of the decay.
         decay: β as a multiple of 2^-16, 0 to 65536.
         carry: from :class:`VoteUnits`.
+        shrink: weight decay of this step as a multiple of 2^-32, at most 2^22: every weight loses this share of itself.
 
     Returns:
-        Number of flips, and the summed distance aimed at by the flipped weights in units of 2^-40 of their row's scale.
+        Number of flips; the summed distance aimed at by the flipped weights in units of 2^-40 of their row's scale; and
+        how many weights were stopped by the edge of their row's range.
     """
-    rows, columns = _matrix("indices", indices)
-    device = indices.device
-    _check("indices", indices, torch.int16, (rows, columns), device)
-    _check("votes", votes, torch.int16, (rows, columns), device)
-    _check("stride", stride, torch.int64, (rows,), device)
-    _check_table(manifold, device)
+    _check_apply(indices, indices if votes is None else votes, stride, manifold)
+    if (votes is None) != (manifold.vote_bits > 0):
+        raise KernelError(f"{manifold.name} has {manifold.vote_bits} vote bits: expected a buffer without, none with")
     if not 0 <= decay <= 65536:
         raise KernelError(f"decay is {decay}, expected 0 to 65536")
-    if backend_for(device, backend) == "torch":
-        return _apply_reference(indices, votes, stride, manifold, keys, decay, carry)
-    tables = (manifold.fixed.numpy(), manifold.fixed_buckets.numpy())
-    arrays = (indices.numpy(), votes.numpy(), stride.numpy())
-    key_array = np.array(keys, dtype=np.uint32)
-    parts: list[np.ndarray] = []
-
-    def run(start: int, stop: int) -> None:
-        counts = np.zeros(2, dtype=np.int64)
-        parts.append(counts)
-        _apply_rows(*arrays, *tables, columns, key_array, decay, carry, counts, start, stop)
-
-    _run_rows(run, rows, indices.numel())
-    flips, travel = np.sum(parts, axis=0)
-    return int(flips), int(travel)
+    if not 0 <= shrink <= 1 << 22:
+        raise KernelError(f"shrink is {shrink}, expected 0 to {1 << 22}: a share of 2^-10 in a step")
+    if backend_for(indices.device, backend) == "torch":
+        return _apply_reference(indices, votes, stride, manifold, keys, decay, carry, shrink)
+    tables = (manifold.fixed.numpy(), manifold.fixed_buckets.numpy(), indices.shape[1])
+    plain = (np.array(keys, dtype=np.uint32), np.int64(decay), np.int64(carry), np.int64(shrink))
+    if votes is None:
+        bits = np.int64(manifold.vote_bits)
+        return _count_rows(_apply_words, indices, indices.numpy(), bits, stride.numpy(), *tables, *plain)
+    return _count_rows(_apply_rows, indices, indices.numpy(), votes.numpy(), stride.numpy(), *tables, *plain)
 
 
-assert BUCKET_BITS == 15 and FIXED_BITS == 40 and STAT_SHIFT == 6, "the compiled kernels spell these two out"
+def flip_by_majority(
+    indices: torch.Tensor,
+    votes: torch.Tensor,
+    stride: torch.Tensor,
+    manifold: Manifold,
+    *,
+    keys: tuple[int, int, int, int],
+    threshold: int,
+    jitter: int = 0,
+    chance: int = 65536,
+    decay: int,
+    carry: int,
+    backend: str | None = None,
+) -> tuple[int, int, int]:
+    """Move the weights whose votes break through by a number of indices; the others' votes fade. Integers only.
+
+    A weight without votes stays. Another adds an integer noise to its votes, uniform from -jitter to jitter and not
+    kept; if the sum reaches the threshold and a draw is below the chance, its index moves by the row's stride in the
+    sum's direction, and its votes begin again from nothing.
+
+    Args:
+        indices: int16 ``(out, in)``, mutated.
+        votes: int8 or int16 ``(out, in)``, mutated.
+        stride: int64 ``(out,)``: indices per flip as a multiple of 2^-16; rounded by a draw.
+        keys: two pairs from :func:`hash_keys`: for noise and chance, and for the two roundings.
+        threshold: at least 1.
+        chance: a multiple of 2^-16, 0 to 65536.
+        decay: as in :func:`apply_votes`.
+
+    Returns:
+        As :func:`apply_votes`.
+    """
+    _check_apply(indices, votes, stride, manifold)
+    if manifold.vote_bits:
+        raise KernelError(f"{manifold.name} keeps its votes in the indices: this rule needs a table of 65,536 entries")
+    if threshold < 1 or jitter < 0 or not 0 <= chance <= 65536 or not 0 <= decay <= 65536:
+        raise KernelError(
+            f"threshold is {threshold}, jitter {jitter}, chance {chance}, decay {decay}, "
+            "expected at least 1, at least 0, and 0 to 65536"
+        )
+    if backend_for(indices.device, backend) == "torch":
+        return _flip_reference(indices, votes, stride, manifold, keys, threshold, jitter, chance, decay, carry)
+    arrays = (indices.numpy(), votes.numpy(), stride.numpy(), manifold.fixed.numpy(), indices.shape[1])
+    plain = (np.int64(x) for x in (threshold, jitter, chance, decay, carry))
+    return _count_rows(_flip_rows, indices, *arrays, np.array(keys, dtype=np.uint32), *plain)
+
+
+assert BUCKET_BITS == 15 and FIXED_BITS == 40 and DRAW_BITS == 28, "the compiled kernels spell these out"

@@ -3,20 +3,21 @@
 Layout of the dict (every key is required; dtypes and shapes are checked on loading):
 
     format          "qwen-prime"
-    version         1
+    version         2
     stage           "init" (imported, never trained) or "train"
     hf_config       dict: the source's config.json
     tokenizer       {"source": str, "files": {file name: uint8 tensor of its bytes}}: the checkpoint describes itself
-    manifold        {"name": str, "sha256": str, "values": float32 (65536,)}
+    manifold        {"name": str, "sha256": str, "vote_bits": int, "values": float32 (65536,)}
     model           {parameter name: tensor}
-                      <module>.grid.indices   int16 (out, in)
+                      <module>.grid.indices   int16 (out, in): with vote bits, words of 2^bits · index + votes
                       <module>.grid.scale     float32 (out,)
                       everything else (norms, biases): float32
                       a tied head is not listed: it is the embedding's grid
     probes          {parameter name of the source: float32 (out,)}: each row of the source's weight times a
                     fixed vector (``probe_vector``), taken before conversion; stage init only, else {}
-    votes           {grid name: {"votes": int16 (out, in), "r2": float32 (out,), "row_squares": int64 (out,),
-                    "observations": int64 ()}}; {} in stage init
+    votes           {grid name: {"votes": int8 or int16 (out, in), absent where words hold them,
+                    "r2": float32 (out,), "row_squares": int64 (out,), "observations": int64 (), and of the rules of
+                    whisper votes "r1": float32 (out,), "row_sizes": int64 (out,)}}; {} in stage init
     train_state     plain dict of step, tokens, cursor, rule and float optimizer; {} in stage init
     source          {"id": str, "revision": str or None, "files": {name: sha256}}
     sha256          {path in this dict: sha256 of the tensor's little-endian bytes} for every tensor above
@@ -50,7 +51,7 @@ import torch
 from manifolds import ENTRIES
 
 FORMAT = "qwen-prime"
-VERSION = 1
+VERSION = 2
 STAGES = ("init", "train")
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format": str,
@@ -303,7 +304,7 @@ def check_contract(checkpoint: Any, where: str) -> None:
     for name, tensor in files.items():
         _expect(where, f"tokenizer/files/{name}", tensor, torch.uint8, 1)
     for name, state in votes.items():
-        _check_vote_state(model, name, state, where)
+        _check_vote_state(model, name, state, checkpoint["manifold"]["vote_bits"], where)
 
 
 def _check_plain(value: Any, where: str, path: str) -> None:
@@ -335,20 +336,34 @@ def _check_weight(model: dict[str, Any], name: str, tensor: Any, where: str) -> 
         raise CheckpointError(f"{where}: {name} has no indices")
 
 
-def _check_vote_state(model: dict[str, Any], name: str, state: Any, where: str) -> None:
-    if not isinstance(state, dict) or set(state) != {"votes", "r2", "row_squares", "observations"}:
+_VOTE_STATES = ({"r2", "row_squares", "observations"}, {"r1", "r2", "row_sizes", "row_squares", "observations"})
+_VOTE_TYPES = {
+    "r1": torch.float32,
+    "r2": torch.float32,
+    "row_sizes": torch.int64,
+    "row_squares": torch.int64,
+    "observations": torch.int64,
+}
+
+
+def _check_vote_state(model: dict[str, Any], name: str, state: Any, vote_bits: int, where: str) -> None:
+    if not isinstance(state, dict) or set(state) - {"votes"} not in _VOTE_STATES:
         raise CheckpointError(f"{where}: votes/{name} is not a vote state")
-    _expect(where, f"votes/{name}", state["votes"], torch.int16, 2)
+    if ("votes" in state) == (vote_bits > 0):
+        found = "a buffer" if "votes" in state else "none"
+        raise CheckpointError(f"{where}: votes/{name} has {found}, the manifold {vote_bits} vote bits")
     indices = model.get(f"{name}.indices")
-    if indices is None or state["votes"].shape != indices.shape:
-        raise CheckpointError(f"{where}: votes/{name} has shape {tuple(state['votes'].shape)}, its grid another")
-    rows = tuple(indices.shape[:1])
-    for part, dtype, shape in (
-        ("r2", torch.float32, rows),
-        ("row_squares", torch.int64, rows),
-        ("observations", torch.int64, ()),
-    ):
-        _expect(where, f"votes/{name}/{part}", state[part], dtype, len(shape))
+    if indices is None:
+        raise CheckpointError(f"{where}: votes/{name} belongs to no grid of the model")
+    if "votes" in state:
+        votes = state["votes"]
+        wide = isinstance(votes, torch.Tensor) and votes.dtype == torch.int16
+        _expect(where, f"votes/{name}", votes, torch.int16 if wide else torch.int8, 2)
+        if votes.shape != indices.shape:
+            raise CheckpointError(f"{where}: votes/{name} has shape {tuple(votes.shape)}, its grid another")
+    for part in sorted(set(state) - {"votes"}):
+        shape = () if part == "observations" else tuple(indices.shape[:1])
+        _expect(where, f"votes/{name}/{part}", state[part], _VOTE_TYPES[part], len(shape))
         if tuple(state[part].shape) != shape:
             raise CheckpointError(
                 f"{where}: votes/{name}/{part} has shape {tuple(state[part].shape)}, expected {shape}"
@@ -358,6 +373,8 @@ def _check_vote_state(model: dict[str, Any], name: str, state: Any, where: str) 
 def _check_manifold(manifold: dict[str, Any], where: str) -> None:
     if not all(isinstance(manifold.get(k), str) for k in ("name", "sha256")):
         raise CheckpointError(f"{where} does not name its manifold and the manifold's sha256")
+    if type(manifold.get("vote_bits")) is not int:
+        raise CheckpointError(f"{where} does not say how many bits of a word are votes (manifold/vote_bits)")
     _expect(where, "manifold/values", manifold.get("values"), torch.float32, 1)
     if len(manifold["values"]) != ENTRIES:
         raise CheckpointError(f"{where}: manifold/values has {len(manifold['values'])} entries, expected {ENTRIES}")

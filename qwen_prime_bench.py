@@ -2,11 +2,13 @@
 
     python qwen_prime_bench.py kernels
     python qwen_prime_bench.py import --geometry Qwen2.5-Coder-1.5B
+    python qwen_prime_bench.py quality --tasks stdlib --methods adamw momentum
 
 ``kernels`` times every hot operation against what it replaces, alternating in one process, medians over rounds:
 machines are shared, so the ratio within a round counts, not the time. ``import`` writes a model folder of a real
-geometry with random weights and converts it in a process of its own, whose time and peak memory are reported. Nothing
-here runs in the tests.
+geometry with random weights and converts it in a process of its own, whose time and peak memory are reported.
+``quality`` compares training methods by what they learn and what they forget (``prime_quality.py``); its results file
+grows line by line, so it can be stopped and called again.
 """
 
 from __future__ import annotations
@@ -36,7 +38,12 @@ from tqdm import tqdm
 import ghost_kernels as kernels
 import manifolds
 import prime_cli
-from qwen_prime_wrapper import build_model, expected_tensors, source_name
+import prime_quality as quality
+from ghost_core import GhostError
+from prime_checkpoint import CheckpointError
+from prime_telemetry import read_lines
+from qwen_prime_data import DataError
+from qwen_prime_wrapper import ModelError, build_model, expected_tensors, source_name
 
 log = logging.getLogger("bench")
 
@@ -113,8 +120,56 @@ class KernelBench:
             raise ValueError("rows, columns and rounds are expected to be at least 1")
 
 
+@dataclass(frozen=True)
+class QualityBench:
+    """Compare training methods: held-out loss of a new domain, and what it costs in the old one."""
+
+    tasks: tuple[str, ...] = tuple(quality.TASKS)
+    """Which tasks, by name."""
+    methods: tuple[str, ...] = quality.DEFAULT_METHODS
+    """Which methods, by name."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Order of the data and random draws."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates instead of the task's and method's own."""
+    steps: int | None = None
+    """Steps instead of the task's own; results of other numbers of steps are not compared."""
+    data_root: Path = ROOT.parent / "shared" / "data"
+    """Folder of the corpora and models that are not in assets/."""
+    results: Path = Path("runs/quality/results.jsonl")
+    """Where results are kept; runs that are in it are not run again."""
+    markdown: Path | None = None
+    """Also write the summary as a markdown table."""
+    jobs: int = 2
+    """Worker processes at a time."""
+    threads: int = 1
+    """Threads of each."""
+    device: str = "cpu"
+    """Where to train."""
+    summary: bool = False
+    """Run nothing; print the summary of the results that are there."""
+    worker: bool = False
+    """For internal use: execute the one selected run in this process and print its results line."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", quality.TASKS), ("methods", quality.METHODS)):
+            chosen = getattr(self, name)
+            if not chosen or (unknown := [x for x in chosen if x not in known]):
+                raise ValueError(f"{name} has {unknown[0] if chosen else 'none'}, expected of {', '.join(known)}")
+        if not self.seeds:
+            raise ValueError("seeds has none, expected at least one")
+        if any(not 0 < rate <= 1 for rate in self.lrs):
+            raise ValueError(f"lrs is {self.lrs}, expected each above 0 and at most 1")
+        for name in ("steps", "jobs", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+
+
 BenchConfig = (
-    Annotated[ImportBench, tyro.conf.subcommand("import")] | Annotated[KernelBench, tyro.conf.subcommand("kernels")]
+    Annotated[ImportBench, tyro.conf.subcommand("import")]
+    | Annotated[KernelBench, tyro.conf.subcommand("kernels")]
+    | Annotated[QualityBench, tyro.conf.subcommand("quality")]
 )
 
 
@@ -225,13 +280,13 @@ def bench_kernels(config: KernelBench) -> dict[str, Any]:
     indices, _ = kernels.snap(weights, scale, table)
     normal = weights / scale[:, None]
     out = torch.empty_like(weights)
-    units = kernels.VoteUnits.for_int16(32)
+    units = kernels.VoteUnits.for_buffer(8, 32)
     yardstick = torch.full((rows,), 0.3 * units.unit / 32 / 1e-3)
-    votes = torch.zeros(rows, columns, dtype=torch.int16)
+    votes = torch.zeros(rows, columns, dtype=torch.int8)
     squares = torch.zeros(rows, dtype=torch.int64)
     every = torch.arange(rows)
     for k in range(32):
-        kernels.cast_votes(gradient, every, yardstick, votes, squares, keys=kernels.hash_keys(k), limit=units.limit)
+        kernels.cast_votes(gradient, every, yardstick, votes, squares, keys=kernels.hash_keys(0), slot=k, units=units)
     stride = kernels.integer_strides(kernels.inverse_scales(scale), 1e-4, units.unit)
     saved = indices.clone(), votes.clone()
     scratch = indices.clone(), votes.clone()
@@ -247,7 +302,7 @@ def bench_kernels(config: KernelBench) -> dict[str, Any]:
 
     def cast(backend: str) -> None:
         kernels.cast_votes(
-            gradient, every, yardstick, scratch[1], squares, keys=(1, 2), limit=units.limit, backend=backend
+            gradient, every, yardstick, scratch[1], squares, keys=(1, 2), slot=3, units=units, backend=backend
         )
 
     short = alternate(
@@ -275,7 +330,46 @@ def bench_kernels(config: KernelBench) -> dict[str, Any]:
     return figures
 
 
+# -- quality ----------------------------------------------------------------------------------------------------------
+
+
+def bench_quality(config: QualityBench) -> int:
+    """Run what is missing, then print the comparison; as a worker, one run and its results line."""
+    if not config.summary:
+        for name in config.methods:
+            quality.check_method(name)
+        tasks = [quality.check_task(name, config.data_root) for name in config.tasks]
+        runs = quality.plan(tasks, config.methods, config.seeds, rates=config.lrs, steps=config.steps)
+        if config.worker:
+            if len(runs) != 1:
+                raise BenchError(f"a worker executes one run, got {len(runs)}")
+            result = quality.execute(runs[0], tasks[0], config.data_root, config.device)
+            where = machine()
+            print(json.dumps({**result, "machine": where, "commit": where["commit"]}, allow_nan=False))
+            return 0
+        quality.run_all(
+            runs,
+            lambda run: quality.worker_command(run, Path(__file__), config.data_root, config.device),
+            config.results,
+            jobs=config.jobs,
+            threads=config.threads,
+        )
+    lines = [x for x in read_lines(config.results) if x["task"] in config.tasks and x["method"] in config.methods]
+    rows = quality.summary(lines, config.steps)
+    table = Table(title=f"{config.results}: nats per token", title_justify="left")
+    for column in quality.COLUMNS:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*quality.cells(row))
+    Console().print(table)
+    if config.markdown:
+        config.markdown.write_text(quality.markdown(rows), encoding="utf-8")
+    return 0
+
+
 def main(config: BenchConfig) -> int:
+    if isinstance(config, QualityBench):
+        return bench_quality(config)
     where = machine()
     figures = bench_import(config) if isinstance(config, ImportBench) else bench_kernels(config)
     table = Table(title=", ".join(f"{k} {v}" for k, v in where.items() if v is not None), title_justify="left")
@@ -294,6 +388,6 @@ if __name__ == "__main__":
         prime_cli.run(
             BenchConfig,
             main,
-            (BenchError, OSError),
+            (BenchError, quality.QualityError, DataError, ModelError, CheckpointError, GhostError, OSError),
         )
     )

@@ -37,13 +37,13 @@ from qwen_prime_wrapper import (
     expected_tensors,
     load_tokenizer,
     locate_source,
+    manifold_record,
     pack_tokenizer,
     source_name,
 )
 
 log = logging.getLogger("importer")
 
-SNR_LIMIT_DB = 75.0
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -59,8 +59,8 @@ class ImportConfig:
     """Folder with config.json, safetensors and tokenizer, or a hub id such as Qwen/Qwen2.5-Coder-1.5B-Instruct."""
     output: Path
     """The checkpoint to write, by convention NAME_prime_init.pt."""
-    manifold: Literal["prime-harmonic", "linear"] = "prime-harmonic"
-    """The table of weight values."""
+    manifold: Literal["prime-harmonic", "linear", "compact"] = "prime-harmonic"
+    """The table of weight values; "compact" leaves room for the votes in the same two bytes (--vote-rule compact)."""
     device: str = "cpu"
     """Where to snap; the CPU takes well under two minutes for 1.5 B weights."""
     report: Path | None = None
@@ -258,7 +258,7 @@ def convert(source: Source, config: ImportConfig) -> tuple[dict[str, Any], dict[
             except KernelError as error:
                 raise ImportProblem(f"{origin}: {error}") from error
             line = tensor_report(shape, snap)
-            if line["snr_db"] is not None and line["snr_db"] < SNR_LIMIT_DB:
+            if line["snr_db"] is not None and line["snr_db"] < manifold.snr_limit_db:
                 line["worst_row"] = worst_row(grid, dense)
                 log.info("%s: SNR %.1f dB, because of %s", origin, line["snr_db"], line["worst_row"])
             lines[origin] = line
@@ -272,7 +272,7 @@ def convert(source: Source, config: ImportConfig) -> tuple[dict[str, Any], dict[
         "stage": "init",
         "hf_config": source.hf_config,
         "tokenizer": {"source": source.id, "files": pack_tokenizer(source.folder)},
-        "manifold": {"name": manifold.name, "sha256": manifold.sha256, "values": manifold.values},
+        "manifold": manifold_record(manifold),
         "model": tensors,
         "probes": probes,
         "votes": {},

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+import manifolds
 import prime_cli
-from ghost_core import GhostError
+from ghost_core import GhostError, grids_of
 from prime_checkpoint import CheckpointError, created_by, load_checkpoint, save_checkpoint
 from prime_telemetry import RunLog
 from qwen_prime_data import (
@@ -37,11 +39,13 @@ from qwen_prime_data import (
 )
 from qwen_prime_wrapper import (
     ModelError,
+    manifold_record,
     mean_answer_loss,
     model_from_checkpoint,
     model_tensors,
     tokenizer_from_checkpoint,
 )
+from vote_rules import RuleError
 from vote_trainer import Recipe, TrainError, VoteTrainer, learning_rate
 
 log = logging.getLogger("train")
@@ -166,6 +170,18 @@ class _StopFlag:
             signal.signal(number, handler)
 
 
+def make_compact(model: PreTrainedModel, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Move a model (mutated) to the manifold ``compact``; the checkpoint as it is to be saved from then on."""
+    target = manifolds.build("compact")
+    reports = {name: grid.move_to(target) for name, grid in grids_of(model).items()}
+    lowest = min(reports, key=lambda name: reports[name].snr_db)
+    log.info(
+        "rule compact: the weights move from the manifold %s to compact, lowest SNR %.1f dB (%s)",
+        *(checkpoint["manifold"]["name"], reports[lowest].snr_db, lowest),
+    )
+    return {**checkpoint, "manifold": manifold_record(target)}
+
+
 def train(
     trainer: VoteTrainer, held: EncodedSet | None, base: dict[str, Any], config: TrainConfig, run: RunLog
 ) -> Path:
@@ -191,12 +207,14 @@ def train(
                 val_loss = mean_answer_loss(trainer.model, rows)[0]
             weights = sum(m.weights for m in result.moved.values())
             flips = sum(m.flips for m in result.moved.values())
+            clipped = sum(m.clipped for m in result.moved.values())
             run.stats(
                 step=done,
                 loss=result.loss,
                 val_loss=val_loss,
                 flips=flips,
                 flip_rate=flips / weights if weights else 0.0,
+                clipped=clipped,
                 tokens=trainer.tokens,
                 answer_tokens=result.answer_tokens,
                 tokens_per_s=result.tokens / seconds,
@@ -242,6 +260,8 @@ def main(config: TrainConfig) -> int:
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     model = model_from_checkpoint(checkpoint)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
+    if config.rule().vote_bits and not checkpoint["manifold"]["vote_bits"]:
+        checkpoint = make_compact(model, checkpoint)
     context = model.config.max_position_embeddings
     if config.seq_len > context:
         raise TrainError(f"seq-len is {config.seq_len}, the model's context {context}: choose at most that")
@@ -262,5 +282,7 @@ def main(config: TrainConfig) -> int:
 
 if __name__ == "__main__":
     raise SystemExit(
-        prime_cli.run(TrainConfig, main, (TrainError, DataError, ModelError, CheckpointError, GhostError, OSError))
+        prime_cli.run(
+            TrainConfig, main, (TrainError, RuleError, DataError, ModelError, CheckpointError, GhostError, OSError)
+        )
     )

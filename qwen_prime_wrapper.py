@@ -201,6 +201,16 @@ def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def manifold_record(manifold: Manifold) -> dict[str, Any]:
+    """What a checkpoint keeps of a manifold."""
+    return {
+        "name": manifold.name,
+        "sha256": manifold.sha256,
+        "vote_bits": manifold.vote_bits,
+        "values": manifold.values.cpu(),
+    }
+
+
 def manifold_of(checkpoint: dict[str, Any]) -> Manifold:
     """The manifold that a checkpoint records, rebuilt by name where its fingerprint agrees, else from its own table.
 
@@ -210,10 +220,10 @@ def manifold_of(checkpoint: dict[str, Any]) -> Manifold:
     recorded = checkpoint["manifold"]
     if recorded["name"] in manifolds.NAMES:
         built = manifolds.build(recorded["name"])
-        if built.sha256 == recorded["sha256"]:
+        if built.sha256 == recorded["sha256"] and built.vote_bits == recorded["vote_bits"]:
             return built
     try:
-        table = manifolds.from_values(recorded["name"], recorded["values"])
+        table = manifolds.from_values(recorded["name"], recorded["values"], recorded["vote_bits"])
     except manifolds.ManifoldError as error:
         raise CheckpointError(f"the checkpoint's manifold is unusable: {error}") from error
     if table.sha256 != recorded["sha256"]:

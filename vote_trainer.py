@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from ghost_core import Ballot, MomentumRule, Movement, apply_votes, grids_of, name_grids
-from ghost_kernels import VoteUnits
+from ghost_core import Movement, apply_votes, grids_of, name_grids
 from qwen_prime_data import Batch, PackedBatches
 from qwen_prime_wrapper import answer_loss
+from vote_rules import Ballot, VoteRule, rule_named
 
 
 class TrainError(RuntimeError):
@@ -37,14 +37,18 @@ class Recipe:
     """Micro-batches in a step."""
     lr: float = 1e-4
     """Learning rate of weights, norms and biases alike, of the size that suits AdamW."""
+    weight_decay: float = 0.0
+    """As AdamW's: every step a weight loses lr times this share of itself; norms and biases do not."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine to a tenth of --lr, or constant."""
     warmup: int = 10
     """Steps over which the learning rate rises."""
-    vote_rule: Literal["momentum"] = "momentum"
-    """The vote rule; see ghost_core.py."""
-    beta: float = MomentumRule.beta
-    """Share of the votes that survives a step."""
+    vote_rule: Literal["momentum", "compact", "supermajority", "stochastic"] = "momentum"
+    """The vote rule; see vote_rules.py. "compact" needs 2 bytes a weight in all, "momentum" 3, the others 4."""
+    vote_buffer: Literal["int8", "int16"] | None = None
+    """Type of the vote buffer; by default the rule's own: int8 for momentum, int16 for the rules of whisper votes."""
+    beta: float | None = None
+    """Share of the votes that survives a step of momentum or compact; by default 0.7."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, more time, the same votes."""
     seed: int = 0
@@ -60,8 +64,15 @@ class Recipe:
             raise ValueError(f"warmup is {self.warmup}, expected at least 0")
         if not (0 <= self.lr <= 1):
             raise ValueError(f"lr is {self.lr}, expected 0 to 1")
-        MomentumRule(beta=self.beta)
-        VoteUnits.for_int16(self.grad_accum)
+        if not (0 <= self.lr * self.weight_decay <= 2**-10):
+            raise ValueError(f"weight-decay is {self.weight_decay}, expected 0 to {2**-10 / self.lr:g} at lr {self.lr}")
+        if self.vote_rule == "compact" and self.vote_buffer is not None:
+            raise ValueError("vote-rule compact has its votes inside the indices: leave --vote-buffer out")
+        self.rule()
+
+    def rule(self) -> VoteRule:
+        """The vote rule with this recipe's hyperparameters."""
+        return rule_named(self.vote_rule, buffer=self.vote_buffer, beta=self.beta)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -97,10 +108,11 @@ class VoteTrainer:
         self.recipe = recipe
         self.done = 0
         self.tokens = 0
-        self.ballot = Ballot(seed=recipe.seed, rule=MomentumRule(beta=recipe.beta))
+        self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule())
         name_grids(model, self.ballot)
         self.grids = grids_of(model)
         for grid in self.grids.values():
+            self.ballot.rule.check(grid.tables(), recipe.grad_accum, grid.uses)
             grid.unlock()
         self.floats = dict(model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.floats.values(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -131,7 +143,7 @@ class VoteTrainer:
         moved: dict[str, Movement] = {}
         if skipped < count:
             self.ballot.close()
-            moved = apply_votes(self.grids, rate)
+            moved = apply_votes(self.grids, rate, self.recipe.weight_decay)
             self._step_floats(rate, count)
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
@@ -197,6 +209,7 @@ class VoteTrainer:
             "tokens": self.tokens,
             "seed": self.recipe.seed,
             "vote_rule": self.recipe.vote_rule,
+            "vote_buffer": self.ballot.rule.buffer,
             "micro_batches": self.recipe.grad_accum,
             "data": self.batches.state_dict(),
             "float_optimizer": self.optimizer.state_dict(),
@@ -210,10 +223,11 @@ class VoteTrainer:
         """Continue from a training checkpoint of the same run.
 
         Raises:
-            TrainError: another seed or number of micro-batches; votes are counted in units that depend on them.
+            TrainError: another seed, vote rule or number of micro-batches: the units of the votes depend on them.
         """
-        state = checkpoint["train_state"]
-        for name, mine in (("seed", self.recipe.seed), ("micro_batches", self.recipe.grad_accum)):
+        state, own = checkpoint["train_state"], self.state()
+        for name in ("seed", "vote_rule", "vote_buffer", "micro_batches"):
+            mine = own[name]
             if state[name] != mine:
                 raise TrainError(f"cannot resume: the checkpoint has {name} {state[name]}, this run {mine}")
         self.done, self.tokens = state["step"], state["tokens"]

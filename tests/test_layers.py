@@ -16,6 +16,7 @@ FLOORS = {
     "qwen_prime_data": 0,
     "ghost_kernels": 1,
     "prime_checkpoint": 1,
+    "vote_rules": 2,
     "ghost_core": 3,
     "qwen_prime_wrapper": 4,
     "vote_trainer": 5,

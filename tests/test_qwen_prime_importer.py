@@ -35,13 +35,14 @@ from tiny_models import (
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+import manifolds
 import prime_checkpoint
 import prime_cli
 import qwen_prime_importer as importer
 import qwen_prime_wrapper as wrapper
 from ghost_core import HEADROOM, grids_of
 from prime_checkpoint import CheckpointError, load_checkpoint
-from qwen_prime_importer import SNR_LIMIT_DB, ImportConfig, ImportProblem
+from qwen_prime_importer import ImportConfig, ImportProblem
 from qwen_prime_wrapper import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +152,9 @@ def test_every_tensor_of_a_trained_model_keeps_75_db(trained: Imported) -> None:
         snr = 10 * math.log10(float(dense.square().sum() / noise))
         line = report["per_tensor"][origin]
         assert line["snr_db"] == pytest.approx(snr, abs=0.01)
-        assert snr >= SNR_LIMIT_DB or line["worst_row"]["snr_db"] < SNR_LIMIT_DB, origin
+        assert snr >= manifolds.build().snr_limit_db or line["worst_row"]["snr_db"] < manifolds.build().snr_limit_db, (
+            origin
+        )
 
 
 def test_floats_of_a_trained_model_are_kept_exactly(trained: Imported) -> None:
@@ -283,7 +286,7 @@ def test_a_source_in_another_float_type_keeps_its_values(source: Path, tmp_path:
     rewrite_weights(source, change(torch.float32))
     import_source(source, tmp_path / "float32.pt")
     assert same_tensors(tmp_path / "other.pt", tmp_path / "float32.pt")
-    assert report["lowest_snr_db"] > SNR_LIMIT_DB
+    assert report["lowest_snr_db"] > manifolds.build().snr_limit_db
 
 
 def test_two_imports_are_the_same_bytes_of_tensors(tiny: Imported, tmp_path: Path) -> None:
@@ -295,7 +298,7 @@ def test_the_linear_manifold(tiny: Imported, tmp_path: Path) -> None:
     report = import_source(tiny[0], tmp_path / "linear.pt", manifold="linear")
     assert load_checkpoint(tmp_path / "linear.pt")["manifold"]["name"] == report["manifold"]["name"] == "linear"
     assert not same_tensors(tiny[1], tmp_path / "linear.pt")
-    assert report["lowest_snr_db"] > SNR_LIMIT_DB
+    assert report["lowest_snr_db"] > manifolds.build().snr_limit_db
 
 
 def test_a_low_snr_names_the_row_that_forbids_more(tmp_path: Path) -> None:
@@ -308,7 +311,7 @@ def test_a_low_snr_names_the_row_that_forbids_more(tmp_path: Path) -> None:
     rewrite_weights(source, change)
     report = import_source(source, tmp_path / "x.pt", manifold="linear")
     line = report["per_tensor"][name]
-    assert line["snr_db"] < SNR_LIMIT_DB
+    assert line["snr_db"] < manifolds.build().snr_limit_db
     assert line["worst_row"]["row"] == 3
     assert line["worst_row"]["snr_db"] == pytest.approx(line["snr_db"], abs=0.1)
     assert line["worst_row"]["peak_to_rms"] > 30

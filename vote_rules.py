@@ -1,0 +1,463 @@
+"""Vote rules: how a gradient becomes votes, what votes do to a weight, and what is remembered between steps.
+
+A rule is a frozen set of hyperparameters with four operations on a grid's tensors: ``measure`` (the first observation
+of a grid that has none), ``cast`` (in the backward pass, once per use and micro-batch), ``apply`` (once a step,
+integers only) and ``update`` (once a step, numbers per row only). The state is one integer per weight and a few
+numbers per row; ``Ballot`` says which step, which micro-batch, and whether votes are cast at all. Symbols: K
+micro-batches a step, g the gradient of one micro-batch's loss, lr the learning rate in units of weight, SR unbiased
+stochastic rounding.
+
+``momentum`` (3 bytes a weight: index 2, buffer 1; 4 with an int16 buffer), the default. It divides before it
+averages, as LaProp does (arXiv 2002.04839), with one second moment per row, as Adam-mini does (arXiv 2406.16793):
+
+    rms[row]  = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
+    votes    -= SR((1 - β) · U · g / (K · rms[row]))                       each micro-batch
+    value     = (1 - lr · λ) · value + lr · votes / (U · scale[row]), drawn between neighbours    each step
+    votes     = SR(β · votes)
+    r2[row]   = β2 · r2[row] + (1 - β2) · mean of g² over columns and micro-batches, bias-corrected
+
+``compact`` (2 bytes a weight in all): the same on the manifold ``compact``, whose words hold ten bits of index and six
+bits of votes.
+
+``supermajority`` (4 bytes; the rule of the first plans): a whisper of a gradient stays silent, others have one vote.
+
+    votes    -= sign(g) where |g| > mean|g| + sensitivity · std|g|         each micro-batch
+    index    += sign(votes) · stride[row], votes = 0, where |votes| >= threshold                  each step
+    votes     = SR(decay · votes) elsewhere
+
+Mean and deviation are the tensor's, from earlier steps: a slice of the head cannot know those of the whole, and a quiet
+micro-batch should have less to say. stride = lr · 32767 / scale[row] indices, so that on the linear manifold a flip
+moves a weight by lr; the plans' stride of one index is a learning rate of about 1e-5.
+
+``stochastic`` (4 bytes; the plans' second form): as ``supermajority``, but any vote may break through: an integer noise
+uniform in [-jitter, jitter] is added to the votes, not kept, and a weight whose sum is not zero flips in its direction
+with probability ``chance``. In the plans the noise also moved weights that nobody had voted on, a random walk of the
+whole model; here a weight without votes stays.
+
+``r2`` comes from earlier steps, so that loud and quiet micro-batches keep their say; before a grid's first step it is
+measured on that step's first micro-batch with votes off. No random bit depends on the order of micro-batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+import ghost_kernels as kernels
+from ghost_kernels import VoteUnits
+from manifolds import Manifold
+
+BUFFER_BITS = {"int8": 8, "int16": 16}
+_BUFFER_TYPES = {"int8": torch.int8, "int16": torch.int16}
+
+
+class RuleError(ValueError):
+    """A rule that does not exist, or does not go with a manifold or a number of micro-batches."""
+
+
+@dataclass
+class VoteState:
+    """What a rule keeps of an unlocked grid.
+
+    Attributes:
+        votes: int8 or int16 ``(out, in)``; None where the grid's words hold their own votes.
+        rows: the rule's numbers per row, each ``(out,)``: float32 running means, int64 sums of the present step.
+        observations: how many steps the running means have seen.
+        anchor: a scalar that makes autograd visit the grid's backward though nothing there is a float parameter.
+        cached: what :meth:`VoteRule.yardstick` last computed, and for what.
+    """
+
+    votes: torch.Tensor | None
+    rows: dict[str, torch.Tensor]
+    observations: int
+    anchor: torch.Tensor
+    cached: tuple[Any, Any] | None = None
+
+
+class Grid(Protocol):
+    """What a rule sees of a :class:`ghost_core.GhostGrid`."""
+
+    name: str
+    uses: int
+    indices: torch.Tensor
+    state: VoteState | None
+    ballot: Ballot
+
+    def tables(self) -> Manifold: ...
+
+    def inverse_scale(self) -> torch.Tensor: ...
+
+
+def tensor_id(name: str) -> int:
+    """A 63-bit number from a grid's name, for the hash keys: independent of the order in which modules are visited."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
+def _state(grid: Grid) -> VoteState:
+    if grid.state is None:
+        raise RuleError(f"{grid.name or 'the grid'} is locked: it has no votes")
+    return grid.state
+
+
+def _keys(grid: Grid, salt: int) -> tuple[int, int]:
+    return kernels.hash_keys(grid.ballot.seed, grid.ballot.step, salt, tensor_id(grid.name))
+
+
+_CAST, _DRAW, _FADE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class VoteRule:
+    """What all rules share: the buffer, the memory of row statistics, the checks of hyperparameters."""
+
+    name: ClassVar[str]
+    row_means: ClassVar[tuple[str, ...]] = ("r2",)
+    row_sums: ClassVar[tuple[str, ...]] = ("row_squares",)
+
+    buffer: str = "int8"
+    """Type of the vote buffer: int8 or int16."""
+    beta2: float = 0.95
+    """Memory of a row's mean square."""
+
+    def __post_init__(self) -> None:
+        if self.buffer not in BUFFER_BITS:
+            raise RuleError(f"buffer is {self.buffer!r}, expected one of {', '.join(BUFFER_BITS)}")
+        self._expect("beta2", 0.0, 1.0)
+
+    def _expect(self, name: str, low: float, below: float) -> None:
+        if not low <= getattr(self, name) < below:
+            raise RuleError(f"{name} is {getattr(self, name)}, expected {low} to below {below}")
+
+    def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:
+        """The rule goes with this manifold, and a step of so many micro-batches cannot leave the buffer's range.
+
+        Raises:
+            RuleError: it does not.
+        """
+        if manifold.vote_bits != self.vote_bits:
+            wanted = "compact" if self.vote_bits else "prime-harmonic or linear"
+            raise RuleError(
+                f"rule {self.name} needs the manifold {wanted}, the checkpoint has {manifold.name}: "
+                f"choose --vote-rule {'momentum' if self.vote_bits else 'compact'}, or import again"
+            )
+
+    @property
+    def vote_bits(self) -> int:
+        """Low bits of a word that this rule uses as its buffer; 0 where the buffer is a tensor of its own."""
+        return 0
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Index and votes."""
+        return 2 + (0 if self.vote_bits else BUFFER_BITS[self.buffer] // 8)
+
+    def open_state(self, indices: torch.Tensor) -> VoteState:
+        """No votes and no observation yet, for words ``(out, in)``."""
+        rows, device = len(indices), indices.device
+        numbers = {n: torch.zeros(rows, dtype=torch.float32, device=device) for n in self.row_means}
+        numbers |= {n: torch.zeros(rows, dtype=torch.int64, device=device) for n in self.row_sums}
+        return VoteState(
+            votes=None if self.vote_bits else torch.zeros_like(indices, dtype=_BUFFER_TYPES[self.buffer]),
+            rows=numbers,
+            observations=0,
+            anchor=torch.zeros((), device=device, requires_grad=True),
+        )
+
+    def measure(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add one use's gradient, float32 ``(n, in)`` of rows ``(n,)``, to the grid's first observation."""
+        # In units of votes this would need the yardstick that it is to find.
+        _state(grid).rows["r2"][rows] += (1 - self.beta2) * gradient.square().mean(1).clamp(max=1e30)
+
+    def corrected(self, state: VoteState, name: str = "r2") -> torch.Tensor:
+        """A running mean, float32 ``(out,)``, without the bias of its start."""
+        return state.rows[name] / (1.0 - self.beta2**state.observations)
+
+    def _fold(self, state: VoteState, name: str, mean: torch.Tensor) -> None:
+        old = state.rows[name].double()
+        state.rows[name].copy_((self.beta2 * old + (1.0 - self.beta2) * mean).clamp(max=1e30))
+
+    def cast(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor, use: int, sign: int) -> None:
+        """Votes of one use in one micro-batch: float32 ``(n, in)`` of rows ``(n,)``; ``sign`` -1 takes them back."""
+        raise NotImplementedError
+
+    def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
+        """Move the weights; (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`. Integers only."""
+        raise NotImplementedError
+
+    def update(self, grid: Grid) -> None:
+        """Fold the step's row sums into the running means that the next step's votes are measured by."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MomentumRule(VoteRule):
+    """The rule ``momentum`` of the module docstring."""
+
+    name: ClassVar[str] = "momentum"
+
+    beta: float = 0.7
+    """Share of the votes that survives a step."""
+    floor: float = 0.5
+    """Rows quieter than this share of their tensor's RMS are measured by the tensor's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect("beta", 0.0, 1.0)
+        if not self.floor >= 0:
+            raise RuleError(f"floor is {self.floor}, expected at least 0")
+
+    @property
+    def bits(self) -> int:
+        """Width of the buffer."""
+        return BUFFER_BITS[self.buffer]
+
+    def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:
+        super().check(manifold, micro_batches, uses)
+        VoteUnits.for_buffer(self.bits, micro_batches, uses)
+
+    def units(self, grid: Grid) -> VoteUnits:
+        """Units of the grid's buffer at the ballot's number of micro-batches."""
+        return VoteUnits.for_buffer(self.bits, grid.ballot.micro_batches, grid.uses)
+
+    def yardstick(self, grid: Grid) -> torch.Tensor:
+        """Votes per unit of gradient for each row, float32 ``(out,)``; 0 for a tensor that has seen no gradient."""
+        state, count = _state(grid), grid.ballot.micro_batches
+        key = (self, state.observations, count, grid.uses)
+        if state.cached is None or state.cached[0] != key:
+            corrected = self.corrected(state)
+            seen = (corrected > 0).sum().clamp(min=1)
+            tensor_rms = corrected.sum().div(seen).sqrt()
+            rms = torch.maximum(corrected.sqrt(), self.floor * tensor_rms)
+            # Without a floor, a row that has seen nothing yet is measured by its tensor: else it could never begin.
+            rms = torch.where(rms > 0, rms, tensor_rms)
+            value = (1.0 - self.beta) * self.units(grid).unit / count / rms
+            # A factor 2^16 is still to come in the kernel.
+            value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max / 2**17)
+            state.cached = (key, value)
+        return state.cached[1]
+
+    def cast(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor, use: int, sign: int) -> None:
+        state, ballot = _state(grid), grid.ballot
+        kernels.cast_votes(
+            gradient,
+            rows,
+            self.yardstick(grid),
+            grid.indices if state.votes is None else state.votes,
+            state.rows["row_squares"],
+            keys=_keys(grid, _CAST),
+            slot=ballot.micro_batch * grid.uses + use,
+            units=self.units(grid),
+            sign=sign,
+            backend=ballot.backend,
+        )
+
+    def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
+        units = self.units(grid)
+        return kernels.apply_votes(
+            grid.indices,
+            _state(grid).votes,
+            kernels.integer_strides(grid.inverse_scale(), rate, units.unit),
+            grid.tables(),
+            keys=(*_keys(grid, _DRAW), *_keys(grid, _FADE)),
+            decay=round(self.beta * 65536),
+            carry=units.carry,
+            shrink=shrink,
+            backend=grid.ballot.backend,
+        )
+
+    def update(self, grid: Grid) -> None:
+        state = _state(grid)
+        yard = self.yardstick(grid).double()
+        squares = state.rows["row_squares"].double() / 4.0 ** (16 - self.units(grid).stat_shift)
+        mean = squares / (grid.indices.shape[1] * grid.ballot.micro_batches) / yard.square()
+        self._fold(state, "r2", torch.where(yard > 0, mean, 0.0))
+        state.rows["row_squares"].zero_()
+        state.observations += 1
+
+
+@dataclass(frozen=True)
+class CompactRule(MomentumRule):
+    """The rule ``compact`` of the module docstring; ``buffer`` has no say, the words are the buffer."""
+
+    name: ClassVar[str] = "compact"
+
+    @property
+    def bits(self) -> int:
+        return 6
+
+    @property
+    def vote_bits(self) -> int:
+        return 6
+
+
+@dataclass(frozen=True)
+class SupermajorityRule(VoteRule):
+    """The rule ``supermajority`` of the module docstring."""
+
+    name: ClassVar[str] = "supermajority"
+    row_means: ClassVar[tuple[str, ...]] = ("r1", "r2")
+    row_sums: ClassVar[tuple[str, ...]] = ("row_sizes", "row_squares")
+
+    buffer: str = "int16"
+    sensitivity: float = 0.15
+    """Deviations above the mean from which a gradient is no whisper."""
+    threshold: int = 5
+    """Votes that flip a weight."""
+    decay: float = 0.95
+    """Share of the votes that survives a step."""
+    jitter: int = 0
+    """Largest integer noise on the votes at the moment of decision."""
+    chance: float = 1.0
+    """Probability of a flip where the threshold is reached."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect("decay", 0.0, 1.0)
+        if self.threshold < 1 or self.jitter < 0:
+            raise RuleError(f"threshold is {self.threshold} and jitter {self.jitter}, expected at least 1 and 0")
+        if not 0 <= self.chance <= 1:
+            raise RuleError(f"chance is {self.chance}, expected 0 to 1")
+
+    @property
+    def carry(self) -> int:
+        """Largest magnitude that a buffer keeps from one step to the next; the rest is for the step's votes."""
+        return (1 << BUFFER_BITS[self.buffer] - 2) - 1
+
+    def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:
+        super().check(manifold, micro_batches, uses)
+        most = min(self.carry + 1, kernels.SLOTS_MAX // 2) // uses
+        if micro_batches > most:
+            raise RuleError(
+                f"rule {self.name} with an {self.buffer} buffer counts at most {most} micro-batches in a step, got "
+                f"{micro_batches}: choose --vote-buffer int16, or fewer"
+            )
+
+    def measure(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor) -> None:
+        super().measure(grid, gradient, rows)
+        _state(grid).rows["r1"][rows] += (1 - self.beta2) * gradient.abs().mean(1).clamp(max=1e30)
+
+    def yardstick(self, grid: Grid) -> tuple[torch.Tensor, int]:
+        """Reciprocal of the tensor's RMS for each row, float32 ``(out,)``, and the gate in units of that RMS."""
+        state = _state(grid)
+        key = (self, state.observations)
+        if state.cached is None or state.cached[0] != key:
+            square = float(self.corrected(state).double().mean())
+            size = float(self.corrected(state, "r1").double().mean())
+            rms = square**0.5
+            deviation = max(square - size * size, 0.0) ** 0.5
+            gate = round((size + self.sensitivity * deviation) / rms * 2**kernels.WHISPER_BITS) if rms > 0 else 0
+            one = min(1 / rms, 1e30) if rms > 0 else 0.0
+            state.cached = (key, (torch.full_like(state.rows["r2"], one), gate))
+        return state.cached[1]
+
+    def cast(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor, use: int, sign: int) -> None:
+        state = _state(grid)
+        yardstick, gate = self.yardstick(grid)
+        assert state.votes is not None, "check() refuses manifolds whose words hold votes"
+        kernels.cast_whispers(
+            gradient,
+            rows,
+            yardstick,
+            state.votes,
+            state.rows["row_sizes"],
+            state.rows["row_squares"],
+            gate=gate,
+            sign=sign,
+            backend=grid.ballot.backend,
+        )
+
+    def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
+        state = _state(grid)
+        assert state.votes is not None, "check() refuses manifolds whose words hold votes"
+        if shrink:
+            raise RuleError(f"rule {self.name} has no weight decay: leave --weight-decay at 0")
+        return kernels.flip_by_majority(
+            grid.indices,
+            state.votes,
+            # From fixed point to indices on an even table: 2^-40 of the scale is 2^-25 of an index, kept with 16 bits.
+            kernels.integer_strides(grid.inverse_scale(), rate, 1) >> 9,
+            grid.tables(),
+            keys=(*_keys(grid, _DRAW), *_keys(grid, _FADE)),
+            threshold=self.threshold,
+            jitter=self.jitter,
+            chance=round(self.chance * 65536),
+            decay=round(self.decay * 65536),
+            carry=self.carry,
+            backend=grid.ballot.backend,
+        )
+
+    def update(self, grid: Grid) -> None:
+        state = _state(grid)
+        yard = float(self.yardstick(grid)[0].amax())
+        scale = 2.0**kernels.WHISPER_BITS * yard
+        count = grid.indices.shape[1] * grid.ballot.micro_batches
+        for mean, total, power in (("r1", "row_sizes", 1), ("r2", "row_squares", 2)):
+            value = state.rows[total].double() / (count * scale**power) if yard > 0 else state.rows[mean].double() * 0
+            self._fold(state, mean, value)
+            state.rows[total].zero_()
+        state.observations += 1
+
+
+@dataclass(frozen=True)
+class StochasticRule(SupermajorityRule):
+    """The rule ``stochastic`` of the module docstring."""
+
+    name: ClassVar[str] = "stochastic"
+
+    threshold: int = 1
+    jitter: int = 2
+    chance: float = 0.25
+
+
+RULES: dict[str, type[VoteRule]] = {
+    rule.name: rule for rule in (MomentumRule, CompactRule, SupermajorityRule, StochasticRule)
+}
+DEFAULT = MomentumRule.name
+
+
+def rule_named(name: str, **changes: Any) -> VoteRule:
+    """The rule of that name; ``changes`` are hyperparameters, None where the rule's own default holds.
+
+    Raises:
+        RuleError: unknown name, a hyperparameter that the rule does not have, or a value that it refuses.
+    """
+    if name not in RULES:
+        raise RuleError(f"unknown vote rule {name!r}, expected one of {', '.join(RULES)}")
+    given = {key: value for key, value in changes.items() if value is not None}
+    if unknown := sorted(set(given) - {f.name for f in fields(RULES[name])}):
+        raise RuleError(f"rule {name} has no {', '.join(unknown)}")
+    return replace(RULES[name](), **given)
+
+
+@dataclass
+class Ballot:
+    """What the backward pass is to do with weight gradients; one object shared by all grids of a model.
+
+    ``mode``: ``closed`` ignores them; ``measure`` takes the row statistics of grids that have none yet; ``cast``
+    votes; ``retract`` takes the votes of an identical earlier pass back.
+    """
+
+    seed: int = 0
+    rule: VoteRule = field(default_factory=MomentumRule)
+    step: int = 0
+    micro_batch: int = 0
+    micro_batches: int = 1
+    mode: str = "closed"
+    backend: str | None = None
+    non_finite: list[str] = field(default_factory=list)
+    """Names of grids that met a non-finite gradient since the list was last cleared; they did not vote."""
+
+    def open(self, mode: str, step: int, micro_batch: int, micro_batches: int) -> None:
+        """Set mode and place; ``micro_batches`` is K, constant within a step."""
+        if mode not in ("measure", "cast", "retract"):
+            raise ValueError(f"unknown ballot mode {mode!r}")
+        if not 0 <= micro_batch < micro_batches:
+            raise ValueError(f"micro-batch {micro_batch} of {micro_batches}")
+        self.mode, self.step, self.micro_batch, self.micro_batches = mode, step, micro_batch, micro_batches
+
+    def close(self) -> None:
+        """Gradients pass through and leave nothing behind."""
+        self.mode = "closed"
