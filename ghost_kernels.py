@@ -9,7 +9,11 @@ micro-batch's loss, SR unbiased stochastic rounding, U the votes per row RMS (``
 
     cast   f = rint(2^16 · yardstick[row] · g)        with yardstick = (1 - β) U / (K · rms[row])
            votes -= (f + r) >> 16                     r uniform in [0, 2^16): E[vote] is exactly f / 2^16
-           row_squares[row] += Σ f^2                  the row's measured size, for the next step's yardstick
+           row_squares[row] += Σ f^2                  how large a micro-batch's gradient is, and
+           row_sketch[row]  += Σ ±f                   how large their sum is: signs by the element's hash, the same in
+                                                      all micro-batches, so E[row_sketch^2] = Σ (Σ_k f_k)^2, the
+                                                      squared norm of a sum that is never formed (Alon, Matias and
+                                                      Szegedy 1996)
     apply  target = value[index] + stride[row] · votes, in fixed point with 40 fractional bits, clipped to ±1
            index  = one of the two entries around target, drawn so that its expectation is target
            votes  = SR(β · votes)
@@ -206,7 +210,9 @@ def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _cast_rows(gradient, rows, yardstick, votes, squares, columns, key0, key1, offset, limit, shift, sign, start, stop):
+def _cast_rows(
+    gradient, rows, yardstick, votes, squares, sketch, columns, key0, key1, offset, limit, shift, sign, start, stop
+):
     top = np.float32(limit)
     half = (np.int32(1) << shift) >> np.int32(1)
     for k in range(start, stop):
@@ -214,15 +220,20 @@ def _cast_rows(gradient, rows, yardstick, votes, squares, columns, key0, key1, o
         y = yardstick[i]
         base = np.uint32(i * columns)
         total = np.int64(0)
+        signed = np.int64(0)
         for j in range(columns):
             t = gradient[k, j] * y * np.float32(65536.0)
             f = np.int32(np.rint(min(max(t, -top), top)))
-            r = np.int32((_hash(base + np.uint32(j), key0, key1) + offset) & np.uint32(0xFFFF))
+            h = _hash(base + np.uint32(j), key0, key1)
+            r = np.int32((h + offset) & np.uint32(0xFFFF))
             v = (f + r) >> np.int32(16)
             votes[i, j] -= v * sign
             q = np.int64((f + half) >> shift)
             total += q * q
+            flip = np.int32(h) >> np.int32(31)
+            signed += (f ^ flip) - flip
         squares[i] += total * sign
+        sketch[i] += signed * sign
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -456,6 +467,7 @@ def _cast_reference(
     yardstick: torch.Tensor,
     votes: torch.Tensor,
     squares: torch.Tensor,
+    sketch: torch.Tensor,
     keys: tuple[int, int],
     offset: int,
     units: VoteUnits,
@@ -467,9 +479,11 @@ def _cast_reference(
         i = rows[part.start : part.stop]
         t = gradient[part.start : part.stop] * yardstick[i, None] * 65536.0
         f = torch.round(t.clamp_(-float(units.limit), float(units.limit))).to(torch.int64)
-        r = (_hash_reference(_positions(i, columns), *keys) + offset) & 0xFFFF
+        h = _hash_reference(_positions(i, columns), *keys)
+        r = (h + offset) & 0xFFFF
         votes[i] -= (((f + r) >> 16) * sign).to(votes.dtype)
         squares[i] += ((f + half) >> units.stat_shift).square().sum(1) * sign
+        sketch[i] += torch.where(h >> 31 == 1, -f, f).sum(1) * sign
 
 
 def _whisper_reference(
@@ -764,6 +778,7 @@ def cast_votes(
     yardstick: torch.Tensor,
     votes: torch.Tensor,
     row_squares: torch.Tensor,
+    row_sketch: torch.Tensor,
     *,
     keys: tuple[int, int],
     slot: int,
@@ -780,22 +795,25 @@ def cast_votes(
         rows: int64 ``(n,)``, each at most once: which rows of the tensor these are.
         yardstick: float32 ``(out,)``: votes per unit of gradient.
         votes: int8 or int16 ``(out, in)``, mutated; words of a manifold with vote bits are such a buffer too.
-        row_squares: int64 ``(out,)``, mutated.
+        row_squares: int64 ``(out,)``, mutated: sums of squares, in units of 2^(stat_shift - 16) votes.
+        row_sketch: int64 ``(out,)``, mutated: sums with random signs, in units of 2^-16 votes.
         keys: from :func:`hash_keys`, the same for all slots of a step.
         slot: number of this use in this micro-batch among those of the step, from 0.
         units: those of the buffer and the step.
     """
-    name = _check_cast(gradient, rows, yardstick, votes, {"row_squares": row_squares}, sign, backend)
+    statistics = {"row_squares": row_squares, "row_sketch": row_sketch}
+    name = _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend)
     if not 0 <= slot * units.spacing < 65536:
         raise KernelError(f"slot is {slot}, expected 0 to {65536 // units.spacing - 1}")
     offset = slot * units.spacing
     if name == "numba":
-        arrays = (gradient.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy(), row_squares.numpy())
+        arrays = (gradient.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy())
+        sums = (row_squares.numpy(), row_sketch.numpy())
         plain = (np.uint32(keys[0]), np.uint32(keys[1]), np.uint32(offset), np.int32(units.limit))
         signs = (np.int32(units.stat_shift), np.int32(sign))
-        _run_rows(_cast_rows, len(rows), gradient.numel(), *arrays, gradient.shape[1], *plain, *signs)
+        _run_rows(_cast_rows, len(rows), gradient.numel(), *arrays, *sums, gradient.shape[1], *plain, *signs)
     else:
-        _cast_reference(gradient, rows, yardstick, votes, row_squares, keys, offset, units, sign)
+        _cast_reference(gradient, rows, yardstick, votes, row_squares, row_sketch, keys, offset, units, sign)
 
 
 def cast_whispers(

@@ -16,8 +16,8 @@ Layout of the dict (every key is required; dtypes and shapes are checked on load
     probes          {parameter name of the source: float32 (out,)}: each row of the source's weight times a
                     fixed vector (``probe_vector``), taken before conversion; stage init only, else {}
     votes           {grid name: {"votes": int8 or int16 (out, in), absent where words hold them,
-                    "r2": float32 (out,), "row_squares": int64 (out,), "observations": int64 (), and of the rules of
-                    whisper votes "r1": float32 (out,), "row_sizes": int64 (out,)}}; {} in stage init
+                    "r2": float32 (out,), "row_squares": int64 (out,), "observations": int64 (), and by rule
+                    "g2" and "row_sketch" or "r1" and "row_sizes", of the same two types}}; {} in stage init
     train_state     plain dict of step, tokens, cursor, rule and float optimizer; {} in stage init
     source          {"id": str, "revision": str or None, "files": {name: sha256}}
     sha256          {path in this dict: sha256 of the tensor's little-endian bytes} for every tensor above
@@ -336,12 +336,17 @@ def _check_weight(model: dict[str, Any], name: str, tensor: Any, where: str) -> 
         raise CheckpointError(f"{where}: {name} has no indices")
 
 
-_VOTE_STATES = ({"r2", "row_squares", "observations"}, {"r1", "r2", "row_sizes", "row_squares", "observations"})
+_VOTE_STATES = (
+    {"r2", "g2", "row_squares", "row_sketch", "observations"},
+    {"r1", "r2", "row_sizes", "row_squares", "observations"},
+)
 _VOTE_TYPES = {
     "r1": torch.float32,
     "r2": torch.float32,
+    "g2": torch.float32,
     "row_sizes": torch.int64,
     "row_squares": torch.int64,
+    "row_sketch": torch.int64,
     "observations": torch.int64,
 }
 

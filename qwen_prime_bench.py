@@ -5,10 +5,11 @@
     python qwen_prime_bench.py quality --tasks stdlib --methods adamw momentum
 
 ``kernels`` times every hot operation against what it replaces, alternating in one process, medians over rounds:
-machines are shared, so the ratio within a round counts, not the time. ``import`` writes a model folder of a real
-geometry with random weights and converts it in a process of its own, whose time and peak memory are reported.
-``quality`` compares training methods by what they learn and what they forget (``prime_quality.py``); its results file
-grows line by line, so it can be stopped and called again.
+machines are shared, so the ratio within a round counts, not the time. Then it trains one whole step of a model of about
+a hundred million parameters and says how much of it went into casting and applying votes. ``import`` writes a model
+folder of a real geometry with random weights and converts it in a process of its own, whose time and peak memory are
+reported. ``quality`` compares training methods by what they learn and what they forget (``prime_quality.py``); its
+results file grows line by line, so it can be stopped and called again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
+from unittest import mock
 
 import torch
 import tyro
@@ -34,16 +36,27 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 import ghost_kernels as kernels
 import manifolds
 import prime_cli
 import prime_quality as quality
-from ghost_core import GhostError
+import vote_trainer
+from ghost_core import GhostError, GhostGrid
 from prime_checkpoint import CheckpointError
 from prime_telemetry import read_lines
-from qwen_prime_data import DataError
-from qwen_prime_wrapper import ModelError, build_model, expected_tensors, source_name
+from qwen_prime_data import Batch, DataError
+from qwen_prime_wrapper import (
+    ModelError,
+    assign_tensors,
+    build_model,
+    count_parameters,
+    expected_tensors,
+    source_name,
+)
+from vote_rules import rule_named
+from vote_trainer import Recipe, VoteTrainer
 
 log = logging.getLogger("bench")
 
@@ -69,6 +82,20 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
         "max_position_embeddings": 32768,
+    },
+    "hundred-million": {
+        **_COMMON,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 768,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "vocab_size": 16384,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
     "Qwen3-1.7B": {
         **_COMMON,
@@ -112,6 +139,10 @@ class KernelBench:
     """Columns of the matrix."""
     rounds: int = 7
     """Rounds; medians are reported."""
+    micro_batches: int = 32
+    """Micro-batches of 512 tokens in the step of a whole model; 0 leaves that part out."""
+    vote_rule: Literal["momentum", "compact", "supermajority", "stochastic"] = "momentum"
+    """The rule of that step."""
     json: Path | None = None
     """Also write the result as JSON."""
 
@@ -134,7 +165,7 @@ class QualityBench:
     """Learning rates instead of the task's and method's own."""
     steps: int | None = None
     """Steps instead of the task's own; results of other numbers of steps are not compared."""
-    data_root: Path = ROOT.parent / "shared" / "data"
+    data_root: Path = Path("../shared/data")
     """Folder of the corpora and models that are not in assets/."""
     results: Path = Path("runs/quality/results.jsonl")
     """Where results are kept; runs that are in it are not run again."""
@@ -283,10 +314,12 @@ def bench_kernels(config: KernelBench) -> dict[str, Any]:
     units = kernels.VoteUnits.for_buffer(8, 32)
     yardstick = torch.full((rows,), 0.3 * units.unit / 32 / 1e-3)
     votes = torch.zeros(rows, columns, dtype=torch.int8)
-    squares = torch.zeros(rows, dtype=torch.int64)
+    squares, sketch = torch.zeros(2, rows, dtype=torch.int64)
     every = torch.arange(rows)
     for k in range(32):
-        kernels.cast_votes(gradient, every, yardstick, votes, squares, keys=kernels.hash_keys(0), slot=k, units=units)
+        kernels.cast_votes(
+            gradient, every, yardstick, votes, squares, sketch, keys=kernels.hash_keys(0), slot=k, units=units
+        )
     stride = kernels.integer_strides(kernels.inverse_scales(scale), 1e-4, units.unit)
     saved = indices.clone(), votes.clone()
     scratch = indices.clone(), votes.clone()
@@ -302,7 +335,7 @@ def bench_kernels(config: KernelBench) -> dict[str, Any]:
 
     def cast(backend: str) -> None:
         kernels.cast_votes(
-            gradient, every, yardstick, scratch[1], squares, keys=(1, 2), slot=3, units=units, backend=backend
+            gradient, every, yardstick, scratch[1], squares, sketch, keys=(1, 2), slot=3, units=units, backend=backend
         )
 
     short = alternate(
@@ -327,7 +360,79 @@ def bench_kernels(config: KernelBench) -> dict[str, Any]:
     figures["cast, share of its matrix product"] = round(
         short["cast votes"] / short["weight gradient of 512 tokens"], 3
     )
+    if config.micro_batches:
+        figures |= bench_step(config.micro_batches, config.vote_rule)
     return figures
+
+
+def random_model(geometry: str, manifold: manifolds.Manifold) -> PreTrainedModel:
+    """A model of that geometry with Gaussian weights on a manifold: for time and memory, not for what it says."""
+    model = build_model(GEOMETRIES[geometry], manifold)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (shape, _) in expected_tensors(model).items():
+        if name.endswith(".grid.indices"):
+            grid = GhostGrid(shape[0], shape[1], manifold)
+            grid.import_weights(torch.randn(shape, generator=generator) * 0.02)
+            tensors[name], tensors[name.removesuffix("indices") + "scale"] = grid.indices, grid.scale
+        elif not name.endswith(".grid.scale"):
+            tensors[name] = torch.ones(shape) if "norm" in name else torch.zeros(shape)
+    assign_tensors(model, tensors, copy=False)
+    return model
+
+
+class _Endless:
+    """Micro-batches of one row of random tokens, every position an answer."""
+
+    def __init__(self, vocabulary: int, tokens: int) -> None:
+        self.vocabulary, self.tokens = vocabulary, tokens
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __next__(self) -> Batch:
+        ids = torch.randint(self.vocabulary, (1, self.tokens), generator=self.generator)
+        return Batch(ids, ids.clone(), torch.arange(self.tokens)[None], 1, self.tokens, self.tokens - 1)
+
+
+def bench_step(micro_batches: int, vote_rule: str) -> dict[str, Any]:
+    """Share of a training step that casting and applying votes take; the first, unmeasured step is a short one.
+
+    Casting is all of ``GhostGrid.accept``: the test for finite numbers, the conversion, the kernel. Applying includes
+    the rows' new yardsticks.
+    """
+    rule = rule_named(vote_rule)
+    model = random_model("hundred-million", manifolds.build("compact" if rule.vote_bits else manifolds.DEFAULT))
+    batches: Any = _Endless(model.config.vocab_size, 512)
+    spent = {"cast": 0.0, "apply": 0.0}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments, **options)
+            spent[name] += time.perf_counter() - started
+            return result
+
+        return run
+
+    seconds = 0.0
+    for count in (1, micro_batches):
+        recipe = Recipe(steps=2, grad_accum=count, lr=1e-4, vote_rule=cast(Any, vote_rule), device="cpu")
+        trainer = VoteTrainer(model, batches, recipe)
+        with mock.patch.object(GhostGrid, "accept", timed("cast", GhostGrid.accept)):
+            # Observations first: a step that also measures would not be like any other.
+            trainer._measure(next(batches), 1.0)
+            spent.update(dict.fromkeys(spent, 0.0))
+            started = time.perf_counter()
+            with mock.patch.object(vote_trainer, "apply_votes", timed("apply", vote_trainer.apply_votes)):
+                trainer.step()
+            seconds = time.perf_counter() - started
+    return {
+        "whole step, parameters": count_parameters(model),
+        "whole step, tokens": 512 * micro_batches,
+        "whole step, seconds": round(seconds, 1),
+        "casting, share of the step": round(spent["cast"] / seconds, 4),
+        "applying, share of the step": round(spent["apply"] / seconds, 4),
+        "casting and applying, share of the step": round((spent["cast"] + spent["apply"]) / seconds, 4),
+    }
 
 
 # -- quality ----------------------------------------------------------------------------------------------------------
@@ -361,7 +466,8 @@ def bench_quality(config: QualityBench) -> int:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*quality.cells(row))
-    Console().print(table)
+    # Wide enough for the columns where the width of the output is unknown.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     if config.markdown:
         config.markdown.write_text(quality.markdown(rows), encoding="utf-8")
     return 0

@@ -10,11 +10,17 @@ stochastic rounding.
 ``momentum`` (3 bytes a weight: index 2, buffer 1; 4 with an int16 buffer), the default. It divides before it
 averages, as LaProp does (arXiv 2002.04839), with one second moment per row, as Adam-mini does (arXiv 2406.16793):
 
-    rms[row]  = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
+    rms[row]  = ρ · max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
     votes    -= SR((1 - β) · U · g / (K · rms[row]))                       each micro-batch
     value     = (1 - lr · λ) · value + lr · votes / (U · scale[row]), drawn between neighbours    each step
     votes     = SR(β · votes)
     r2[row]   = β2 · r2[row] + (1 - β2) · mean of g² over columns and micro-batches, bias-corrected
+    g2[row]   = the same mean of (Σ_k g_k / K)², the gradient of the step, estimated from its sketch
+    ρ²        = Σ g2 / Σ r2 over the tensor's rows, within [1/K, 1]
+
+ρ is what averaging over micro-batches leaves of a gradient's size: 1 where they agree, 1/sqrt(K) where they are noise.
+With it a vote is measured by the size of the step's gradient, as AdamW measures, so a learning rate means the same at
+any number of micro-batches; without it 32 of them move a weight up to 5.7 times less than AdamW would.
 
 ``compact`` (2 bytes a weight in all): the same on the manifold ``compact``, whose words hold ten bits of index and six
 bits of votes.
@@ -197,6 +203,8 @@ class MomentumRule(VoteRule):
     """The rule ``momentum`` of the module docstring."""
 
     name: ClassVar[str] = "momentum"
+    row_means: ClassVar[tuple[str, ...]] = ("r2", "g2")
+    row_sums: ClassVar[tuple[str, ...]] = ("row_squares", "row_sketch")
 
     beta: float = 0.7
     """Share of the votes that survives a step."""
@@ -232,12 +240,21 @@ class MomentumRule(VoteRule):
             tensor_rms = corrected.sum().div(seen).sqrt()
             rms = torch.maximum(corrected.sqrt(), self.floor * tensor_rms)
             # Without a floor, a row that has seen nothing yet is measured by its tensor: else it could never begin.
-            rms = torch.where(rms > 0, rms, tensor_rms)
+            rms = torch.where(rms > 0, rms, tensor_rms) * self.agreement(state, count) ** 0.5
             value = (1.0 - self.beta) * self.units(grid).unit / count / rms
             # A factor 2^16 is still to come in the kernel.
             value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max / 2**17)
             state.cached = (key, value)
         return state.cached[1]
+
+    def agreement(self, state: VoteState, micro_batches: int) -> float:
+        """ρ²: mean square of a step's gradient over that of its micro-batches, 1/K for noise and 1 for one opinion."""
+        if state.observations < 2:
+            return 1.0
+        # The first observation is one micro-batch's and says nothing of a sum.
+        step = float(state.rows["g2"].double().sum()) / (1.0 - self.beta2 ** (state.observations - 1))
+        single = float(self.corrected(state).double().sum())
+        return min(max(step / single, 1.0 / micro_batches), 1.0) if single > 0 else 1.0
 
     def cast(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor, use: int, sign: int) -> None:
         state, ballot = _state(grid), grid.ballot
@@ -247,6 +264,7 @@ class MomentumRule(VoteRule):
             self.yardstick(grid),
             grid.indices if state.votes is None else state.votes,
             state.rows["row_squares"],
+            state.rows["row_sketch"],
             keys=_keys(grid, _CAST),
             slot=ballot.micro_batch * grid.uses + use,
             units=self.units(grid),
@@ -271,10 +289,13 @@ class MomentumRule(VoteRule):
     def update(self, grid: Grid) -> None:
         state = _state(grid)
         yard = self.yardstick(grid).double()
+        columns, count = grid.indices.shape[1], grid.ballot.micro_batches
         squares = state.rows["row_squares"].double() / 4.0 ** (16 - self.units(grid).stat_shift)
-        mean = squares / (grid.indices.shape[1] * grid.ballot.micro_batches) / yard.square()
-        self._fold(state, "r2", torch.where(yard > 0, mean, 0.0))
+        sketch = state.rows["row_sketch"].double() / 2.0**16
+        for name, total in (("r2", squares / count), ("g2", (sketch / count).square())):
+            self._fold(state, name, torch.where(yard > 0, total / columns / yard.square(), 0.0))
         state.rows["row_squares"].zero_()
+        state.rows["row_sketch"].zero_()
         state.observations += 1
 
 

@@ -20,6 +20,7 @@ FLOORS = {
     "ghost_core": 3,
     "qwen_prime_wrapper": 4,
     "vote_trainer": 5,
+    "prime_quality": 6,
     "qwen_prime_importer": 7,
     "qwen_prime_train": 7,
     "verify_qwen_prime": 7,
