@@ -109,19 +109,20 @@ class Method:
     """Of the family ``votes``: the table the weights are snapped onto."""
 
 
-_VOTES = (1e-3, 2e-3, 4e-3)
-_SIGNS = (1e-3, 4e-3, 1.6e-2)
+_DENSE = (3e-4, 6e-4, 1.2e-3)
+_VOTES = (5e-4, 1e-3, 2e-3)
+_SIGNS = (5e-4, 1e-3, 2e-3)
 METHODS: dict[str, Method] = {
-    "adamw": Method("adamw", (3e-4, 1e-3, 3e-3)),
-    "adamw-beta1-0.7": Method("adamw", (3e-4, 1e-3, 3e-3), betas=(0.7, 0.95)),
-    "adamw-8bit": Method("adamw-8bit", (3e-4, 1e-3, 3e-3)),
+    "adamw": Method("adamw", _DENSE),
+    "adamw-beta1-0.7": Method("adamw", _DENSE, betas=(0.7, 0.95)),
+    "adamw-8bit": Method("adamw-8bit", _DENSE),
     "lora": Method("lora", (1e-3, 3e-3, 1e-2)),
     "supermajority": Method("votes", _SIGNS, vote_rule="supermajority"),
     "stochastic": Method("votes", _SIGNS, vote_rule="stochastic"),
     "momentum": Method("votes", _VOTES, vote_rule="momentum"),
     "compact": Method("votes", _VOTES, vote_rule="compact", manifold="compact"),
 }
-DEFAULT_METHODS = tuple(name for name in METHODS if name != "adamw-beta1-0.7")
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("adamw-beta1-0.7", "stochastic"))
 
 
 def check_method(name: str) -> Method:
@@ -172,9 +173,9 @@ class Task:
     grad_accum: int = 4
     steps: int = 48
     warmup: int = 5
-    target_tokens: int = 28_000
+    target_tokens: int = 16_000
     """Size of the sample of held-out documents that is scored."""
-    source_tokens: int = 16_000
+    source_tokens: int = 12_000
     """Size of the sample of the model's own domain."""
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """Learning rates per method where they are not the method's own."""
@@ -188,12 +189,24 @@ class Task:
         return (ROOT if value.startswith("assets/") else data_root) / value
 
 
+def _rates(dense: tuple[float, ...], votes: tuple[float, ...]) -> Mapping[str, tuple[float, ...]]:
+    """Learning rates for every method but LoRA, whose own hold."""
+    names = {name: votes if m.family == "votes" else dense for name, m in METHODS.items() if m.family != "lora"}
+    return MappingProxyType(names)
+
+
 _STDLIB = Task("stdlib", "assets/tiny_coder", "assets/stdlib_instruct.jsonl", LIBRARY)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         _STDLIB,
-        replace(_STDLIB, name="code-alpaca", records="code/new_codealpaca.json", held_out_one_in=30),
+        replace(
+            _STDLIB,
+            name="code-alpaca",
+            records="code/new_codealpaca.json",
+            held_out_one_in=30,
+            rates=_rates((5e-4, 1e-3, 2e-3), (7e-4, 1.4e-3, 2.8e-3)),
+        ),
         Task(
             "atto",
             "models/atto-qwen2-bias",
@@ -201,8 +214,9 @@ TASKS: dict[str, Task] = {
             "corpora/tinystories_850.json",
             held_out_one_in=50,
             source_tokens=48_000,
+            rates=_rates((1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3)),
         ),
-        replace(_STDLIB, name="stdlib-low", rates=MappingProxyType(dict.fromkeys(METHODS, (1e-5, 3e-5, 1e-4)))),
+        replace(_STDLIB, name="stdlib-low", rates=_rates((1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4))),
     )
 }
 
