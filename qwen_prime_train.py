@@ -218,7 +218,7 @@ def train(
                 tokens=trainer.tokens,
                 answer_tokens=result.answer_tokens,
                 tokens_per_s=result.tokens / seconds,
-                lr=learning_rate(config, done - 1),
+                lr=learning_rate(trainer.recipe, done - 1),
                 peel_phase="all open",
                 thawed_layers=trainer.model.config.num_hidden_layers,
                 sentinel="ok" if not result.skipped else f"skipped {result.skipped} micro-batches",
@@ -272,7 +272,14 @@ def main(config: TrainConfig) -> int:
     if config.resume:
         trainer.restore(checkpoint)
     run = RunLog(config.output_dir)
-    run.config({**asdict(config), "started_from": source, "created_by": created_by("qwen_prime_train.py")})
+    run.config(
+        {
+            **asdict(config),
+            "lr": trainer.recipe.lr,
+            "started_from": source,
+            "created_by": created_by("qwen_prime_train.py"),
+        }
+    )
     run.event("start", step=trainer.done, checkpoint=source)
     path = train(trainer, held, checkpoint, config, run)
     run.event("end", step=trainer.done, path=path)

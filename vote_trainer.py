@@ -11,7 +11,7 @@ the backward pass the votes that it had cast are taken back by casting them agai
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,10 @@ class TrainError(RuntimeError):
     """A run that cannot start or go on."""
 
 
+DEFAULT_RATE = 0.25
+"""Learning rate times width, where none is given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How to train, without a word on files: what a :class:`VoteTrainer` is told."""
@@ -35,12 +39,12 @@ class Recipe:
     """How many steps in all."""
     grad_accum: int = 32
     """Micro-batches in a step."""
-    lr: float = 1e-4
-    """Learning rate of weights, norms and biases alike, of the size that suits AdamW."""
+    lr: float | None = None
+    """Learning rate of weights, norms and biases alike, of the size that suits AdamW; by default 0.25 / hidden size."""
     weight_decay: float = 0.0
     """As AdamW's: every step a weight loses lr times this share of itself; norms and biases do not."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to a tenth of --lr, or constant."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up: cosine or a straight line to a tenth of --lr, or constant."""
     warmup: int = 10
     """Steps over which the learning rate rises."""
     vote_rule: Literal["momentum", "compact", "supermajority", "stochastic"] = "momentum"
@@ -62,10 +66,11 @@ class Recipe:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if self.warmup < 0:
             raise ValueError(f"warmup is {self.warmup}, expected at least 0")
-        if not (0 <= self.lr <= 1):
+        if self.lr is not None and not 0 <= self.lr <= 1:
             raise ValueError(f"lr is {self.lr}, expected 0 to 1")
-        if not (0 <= self.lr * self.weight_decay <= 2**-10):
-            raise ValueError(f"weight-decay is {self.weight_decay}, expected 0 to {2**-10 / self.lr:g} at lr {self.lr}")
+        if not 0 <= self.weight_decay * (self.lr or 0.0) <= 2**-10 or self.weight_decay < 0:
+            most = f" to {2**-10 / self.lr:g} at lr {self.lr:g}" if self.lr else " or more"
+            raise ValueError(f"weight-decay is {self.weight_decay}, expected 0{most}")
         if self.vote_rule == "compact" and self.vote_buffer is not None:
             raise ValueError("vote-rule compact has its votes inside the indices: leave --vote-buffer out")
         self.rule()
@@ -75,14 +80,23 @@ class Recipe:
         return rule_named(self.vote_rule, buffer=self.vote_buffer, beta=self.beta)
 
 
+def default_rate(width: int) -> float:
+    """Learning rate for a model of that hidden size: inversely proportional, as rates of one optimizer transfer between
+    widths (Yang et al. 2022, arXiv 2203.03466); the factor is the best of the measured tasks, of widths 128 and 256."""
+    return DEFAULT_RATE / width
+
+
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rate of a step, counted from 0."""
+    """Rate of a step, counted from 0; ``recipe.lr`` must be a number."""
+    if recipe.lr is None:
+        raise TrainError("the recipe has no learning rate yet: expected the trainer's own recipe, which does")
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.schedule == "constant":
         return recipe.lr
-    share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(share, 1.0))))
+    share = min((step - recipe.warmup) / max(1, recipe.steps - recipe.warmup), 1.0)
+    fall = (1 + math.cos(math.pi * share)) / 2 if recipe.schedule == "cosine" else 1 - share
+    return recipe.lr * (0.1 + 0.9 * fall)
 
 
 @dataclass
@@ -103,6 +117,8 @@ class VoteTrainer:
     """
 
     def __init__(self, model: PreTrainedModel, batches: PackedBatches, recipe: Recipe) -> None:
+        if recipe.lr is None:
+            recipe = replace(recipe, lr=default_rate(model.config.hidden_size))
         self.model = model
         self.batches = batches
         self.recipe = recipe
@@ -115,7 +131,9 @@ class VoteTrainer:
             self.ballot.rule.check(grid.tables(), recipe.grad_accum, grid.uses)
             grid.unlock()
         self.floats = dict(model.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.floats.values(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.floats.values(), lr=learning_rate(recipe, 0), betas=(0.9, 0.99), weight_decay=0.0
+        )
         if recipe.gradient_checkpointing:
             # The newer name where transformers has it; the older one warns there.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README into this folder: the manifolds, and the loss of the demo's run if there is one.
+"""Draw the pictures of the README into this folder: manifolds, methods compared, and the demo's run if there is one.
 
 python assets/make_pictures.py
 """
@@ -15,32 +15,71 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import manifolds  # noqa: E402
+import prime_quality  # noqa: E402
 from prime_telemetry import read_lines  # noqa: E402
 
-COLOURS = {"prime-harmonic": "#1f6f8b", "linear": "#d1793b"}
+COLOURS = {"prime-harmonic": "#1f6f8b", "linear": "#d1793b", "compact": "#6b8e3d"}
+METHODS = {
+    "adamw": ("AdamW, 16 bytes", "#333333", "s-"),
+    "adamw-8bit": ("AdamW 8 bit, 10 bytes", "#999999", "s--"),
+    "lora": ("LoRA r = 16", "#a05fa0", "^--"),
+    "supermajority": ("supermajority, 4 bytes", "#c9a227", "v--"),
+    "momentum": ("momentum, 3 bytes", "#1f6f8b", "o-"),
+    "compact": ("compact, 2 bytes", "#d1793b", "o-"),
+}
+TITLES = {
+    "stdlib": "standard library instructions",
+    "code-alpaca": "code-alpaca",
+    "atto": "story model learns arithmetic problems",
+    "stdlib-low": "learning rates 1e-5 to 1e-4",
+}
 
 
 def draw_manifolds(path: Path) -> None:
-    """Value against index, and gap against value, of both tables."""
+    """Value against word, and gap against value, of every table."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name in manifolds.NAMES:
         values = manifolds.build(name).values.numpy()
         indices = np.arange(-manifolds.INDEX_MAX - 1, manifolds.INDEX_MAX + 1)
         left.plot(indices, values, color=COLOURS[name], label=name, linewidth=1.6)
-        half = values[manifolds.INDEX_MAX + 1 :].astype(np.float64)
+        half = manifolds.build(name).fixed.numpy() / 2.0**manifolds.FIXED_BITS
         gaps, places = np.diff(half), half[1:]
         # The geometric mean over short stretches: single gaps of the nucleus scatter over four decades.
         edges = np.geomspace(1e-5, 1.0, 60)
         which = np.digitize(places, edges)
-        centres = [places[which == b].mean() for b in range(1, 61) if (which == b).any()]
-        means = [np.exp(np.log(gaps[which == b]).mean()) for b in range(1, 61) if (which == b).any()]
+        filled = [b for b in range(61) if (which == b).any()]
+        centres = [places[which == b].mean() for b in filled]
+        means = [np.exp(np.log(gaps[which == b]).mean()) for b in filled]
         right.plot(centres, means, color=COLOURS[name], label=name, linewidth=1.6)
-    left.set(xlabel="grid index", ylabel="value", title="65,536 entries, zero at index 0")
+    left.set(xlabel="word (16 bits)", ylabel="value", title="what a word stands for")
     right.set(xscale="log", yscale="log", xlabel="value (share of the row's scale)", ylabel="gap to the next entry")
     right.set_title("resolution")
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_quality(results: Path, path: Path) -> None:
+    """What each method learned against what it forgot, one curve over learning rates per method, one panel per task."""
+    lines = list(read_lines(results))
+    tasks = [name for name in TITLES if any(x["task"] == name for x in lines)]
+    columns = 2 if len(tasks) > 1 else 1
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 4.1 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        for method, (label, colour, style) in METHODS.items():
+            curve = prime_quality.curve_of([x for x in lines if (x["task"], x["method"]) == (task, method)])
+            if curve:
+                axis.plot(*zip(*curve, strict=True), style, color=colour, label=label, markersize=4.5, linewidth=1.4)
+        axis.set(title=TITLES[task], xlabel="held-out loss of the new domain, nats per token (better: left)")
+        axis.set_ylabel("rise of the old domain's loss (better: low)")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.25)
+    axes.flat[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -66,6 +105,7 @@ def draw_run(stats: Path, path: Path) -> None:
 
 def main() -> int:
     draw_manifolds(HERE / "manifolds.png")
+    draw_quality(HERE / "quality.jsonl", HERE / "quality.png")
     stats = HERE.parent / "runs" / "demo" / "run" / "stats.jsonl"
     if stats.exists():
         draw_run(stats, HERE / "demo_run.png")
