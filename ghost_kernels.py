@@ -54,7 +54,7 @@ SLICE_ELEMENTS = 1 << 20
 COLUMNS_MAX = 1 << 15
 """Widest row whose statistics cannot overflow 64 bits in a step, however loud its votes are."""
 _STAT_BITS = 46
-UNITS = {16: 256, 8: 32, 6: 8}
+UNITS = {16: 4096, 8: 16, 6: 4}
 """Votes in one row RMS, by the width of the buffer."""
 SLOTS_MAX = 1024
 """Most uses of a grid in one step."""

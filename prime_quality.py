@@ -109,18 +109,16 @@ class Method:
     """Of the family ``votes``: the table the weights are snapped onto."""
 
 
-_DENSE = (3e-4, 6e-4, 1.2e-3)
-_VOTES = (5e-4, 1e-3, 2e-3)
-_SIGNS = (5e-4, 1e-3, 2e-3)
+_RATES = (3e-4, 6e-4, 1.2e-3)
 METHODS: dict[str, Method] = {
-    "adamw": Method("adamw", _DENSE),
-    "adamw-beta1-0.7": Method("adamw", _DENSE, betas=(0.7, 0.95)),
-    "adamw-8bit": Method("adamw-8bit", _DENSE),
+    "adamw": Method("adamw", _RATES),
+    "adamw-beta1-0.7": Method("adamw", _RATES, betas=(0.7, 0.95)),
+    "adamw-8bit": Method("adamw-8bit", _RATES),
     "lora": Method("lora", (1e-3, 3e-3, 1e-2)),
-    "supermajority": Method("votes", _SIGNS, vote_rule="supermajority"),
-    "stochastic": Method("votes", _SIGNS, vote_rule="stochastic"),
-    "momentum": Method("votes", _VOTES, vote_rule="momentum"),
-    "compact": Method("votes", _VOTES, vote_rule="compact", manifold="compact"),
+    "supermajority": Method("votes", _RATES, vote_rule="supermajority"),
+    "stochastic": Method("votes", _RATES, vote_rule="stochastic"),
+    "momentum": Method("votes", _RATES, vote_rule="momentum"),
+    "compact": Method("votes", _RATES, vote_rule="compact", manifold="compact"),
 }
 DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("adamw-beta1-0.7", "stochastic"))
 
@@ -189,10 +187,9 @@ class Task:
         return (ROOT if value.startswith("assets/") else data_root) / value
 
 
-def _rates(dense: tuple[float, ...], votes: tuple[float, ...]) -> Mapping[str, tuple[float, ...]]:
+def _rates(*rates: float) -> Mapping[str, tuple[float, ...]]:
     """Learning rates for every method but LoRA, whose own hold."""
-    names = {name: votes if m.family == "votes" else dense for name, m in METHODS.items() if m.family != "lora"}
-    return MappingProxyType(names)
+    return MappingProxyType({name: rates for name, method in METHODS.items() if method.family != "lora"})
 
 
 _STDLIB = Task("stdlib", "assets/tiny_coder", "assets/stdlib_instruct.jsonl", LIBRARY)
@@ -205,7 +202,7 @@ TASKS: dict[str, Task] = {
             name="code-alpaca",
             records="code/new_codealpaca.json",
             held_out_one_in=30,
-            rates=_rates((5e-4, 1e-3, 2e-3), (7e-4, 1.4e-3, 2.8e-3)),
+            rates=_rates(5e-4, 1e-3, 2e-3, 4e-3),
         ),
         Task(
             "atto",
@@ -214,9 +211,9 @@ TASKS: dict[str, Task] = {
             "corpora/tinystories_850.json",
             held_out_one_in=50,
             source_tokens=48_000,
-            rates=_rates((1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3)),
+            rates=_rates(1e-3, 2e-3, 4e-3),
         ),
-        replace(_STDLIB, name="stdlib-low", rates=_rates((1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4))),
+        replace(_STDLIB, name="stdlib-low", rates=_rates(1e-5, 3e-5, 1e-4)),
     )
 }
 
@@ -669,16 +666,23 @@ def forgetting_at(curve: Sequence[tuple[float, float]], target: float) -> float 
 
 def _by_rate(results: Sequence[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
     """Lines by rising learning rate, each in order of seeds, the last of a seed winning; rates with a loss that is not
-    finite, or with fewer seeds than others, are left out."""
+    finite are left out."""
     rates: dict[float, dict[int, Mapping[str, Any]]] = {}
     for line in results:
         rates.setdefault(line["lr"], {})[line["seed"]] = line
-    most = max(map(len, rates.values()), default=0)
     return {
         rate: [seeds[s] for s in sorted(seeds)]
         for rate, seeds in sorted(rates.items())
-        if len(seeds) == most and all(x["target_after"] is not None is not x["source_after"] for x in seeds.values())
+        if all(x["target_after"] is not None is not x["source_after"] for x in seeds.values())
     }
+
+
+def _best_rate(rates: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
+    """The rate of the lowest mean target loss over the seeds that all rates have: a further seed at some of them only
+    must not decide between them."""
+    common = set.intersection(*({x["seed"] for x in lines} for lines in rates.values()))
+    shared = {rate: [x for x in lines if x["seed"] in common] or lines for rate, lines in rates.items()}
+    return min(shared, key=lambda rate: _mean(shared[rate], "target_after"))
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -718,7 +722,7 @@ def summary(results: Iterable[Mapping[str, Any]], steps: int | None = None) -> l
         rates = _by_rate(groups[name, method])
         if not rates:
             continue
-        rate = min(rates, key=lambda r: _mean(rates[r], "target_after"))
+        rate = _best_rate(rates)
         best = rates[rate]
         row = Summary(
             task=name,

@@ -7,20 +7,25 @@ numbers per row; ``Ballot`` says which step, which micro-batch, and whether vote
 micro-batches a step, g the gradient of one micro-batch's loss, lr the learning rate in units of weight, SR unbiased
 stochastic rounding.
 
-``momentum`` (3 bytes a weight: index 2, buffer 1; 4 with an int16 buffer), the default. It divides before it
-averages, as LaProp does (arXiv 2002.04839), with one second moment per row, as Adam-mini does (arXiv 2406.16793):
+``momentum`` (3 bytes a weight: index 2, buffer 1; 4 with an int16 buffer), the default:
 
-    rms[row]  = ρ · max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
-    votes    -= SR((1 - β) · U · g / (K · rms[row]))                       each micro-batch
-    value     = (1 - lr · λ) · value + lr · votes / (U · scale[row]), drawn between neighbours    each step
+    size[row] = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
+    votes    -= SR((1 - β) · U · g / (K · ρ · size[row]))                  each micro-batch
+    value     = (1 - lr · λ) · value + lr · gain[row] · votes / (U · scale[row]), drawn between neighbours    each step
     votes     = SR(β · votes)
+    gain[row] = (size[row] / RMS of sqrt(r2) over those rows)^tilt
     r2[row]   = β2 · r2[row] + (1 - β2) · mean of g² over columns and micro-batches, bias-corrected
     g2[row]   = the same mean of (Σ_k g_k / K)², the gradient of the step, estimated from its sketch
     ρ²        = Σ g2 / Σ r2 over the tensor's rows, within [1/K, 1]
 
-ρ is what averaging over micro-batches leaves of a gradient's size: 1 where they agree, 1/sqrt(K) where they are noise.
-With it a vote is measured by the size of the step's gradient, as AdamW measures, so a learning rate means the same at
-any number of micro-batches; without it 32 of them move a weight up to 5.7 times less than AdamW would.
+It divides before it averages, as LaProp does (arXiv 2002.04839). A vote is counted in units of its row, which uses the
+few bits of the buffer well; how far it moves a weight is another matter. With tilt 0 every row moves as far as any
+other, which is Adam at the granularity of rows (Adam-mini, arXiv 2406.16793); with tilt 1, the default, the row's size
+cancels out and one RMS measures the whole tensor, so that rows with little to say (rare tokens, dead units) move
+little: measured, it learns more and forgets less. ρ is what averaging over micro-batches leaves of a gradient's
+size: 1 where they agree, 1/sqrt(K) where they are noise. With it a vote is measured by the size of the step's gradient,
+as AdamW measures, so a learning rate means the same at any number of micro-batches; without it 32 of them move a
+weight up to 5.7 times less.
 
 ``compact`` (2 bytes a weight in all): the same on the manifold ``compact``, whose words hold ten bits of index and six
 bits of votes.
@@ -113,6 +118,8 @@ def _keys(grid: Grid, salt: int) -> tuple[int, int]:
 
 
 _CAST, _DRAW, _FADE = 0, 1, 2
+GAIN_MAX = 64.0
+"""Most by which a row may move farther than its tensor's average."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +217,13 @@ class MomentumRule(VoteRule):
     """Share of the votes that survives a step."""
     floor: float = 0.5
     """Rows quieter than this share of their tensor's RMS are measured by the tensor's."""
+    tilt: float = 1.0
+    """Power of a row's size, against its tensor's, by which its weights move: 0 moves all rows alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect("beta", 0.0, 1.0)
+        self._expect("tilt", 0.0, 2.0)
         if not self.floor >= 0:
             raise RuleError(f"floor is {self.floor}, expected at least 0")
 
@@ -230,8 +240,9 @@ class MomentumRule(VoteRule):
         """Units of the grid's buffer at the ballot's number of micro-batches."""
         return VoteUnits.for_buffer(self.bits, grid.ballot.micro_batches, grid.uses)
 
-    def yardstick(self, grid: Grid) -> torch.Tensor:
-        """Votes per unit of gradient for each row, float32 ``(out,)``; 0 for a tensor that has seen no gradient."""
+    def yardstick(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """Votes per unit of gradient for each row, float32 ``(out,)``, 0 for a tensor that has seen no gradient; and
+        the rows' gains as multiples of 2^-16, int64 ``(out,)``."""
         state, count = _state(grid), grid.ballot.micro_batches
         key = (self, state.observations, count, grid.uses)
         if state.cached is None or state.cached[0] != key:
@@ -240,11 +251,12 @@ class MomentumRule(VoteRule):
             tensor_rms = corrected.sum().div(seen).sqrt()
             rms = torch.maximum(corrected.sqrt(), self.floor * tensor_rms)
             # Without a floor, a row that has seen nothing yet is measured by its tensor: else it could never begin.
-            rms = torch.where(rms > 0, rms, tensor_rms) * self.agreement(state, count) ** 0.5
-            value = (1.0 - self.beta) * self.units(grid).unit / count / rms
+            rms = torch.where(rms > 0, rms, tensor_rms)
+            gain = (rms / tensor_rms).nan_to_num(1.0).clamp(max=GAIN_MAX) ** self.tilt
+            value = (1.0 - self.beta) * self.units(grid).unit / count / (rms * self.agreement(state, count) ** 0.5)
             # A factor 2^16 is still to come in the kernel.
             value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max / 2**17)
-            state.cached = (key, value)
+            state.cached = (key, (value, (gain * 2.0**16).round().long()))
         return state.cached[1]
 
     def agreement(self, state: VoteState, micro_batches: int) -> float:
@@ -261,7 +273,7 @@ class MomentumRule(VoteRule):
         kernels.cast_votes(
             gradient,
             rows,
-            self.yardstick(grid),
+            self.yardstick(grid)[0],
             grid.indices if state.votes is None else state.votes,
             state.rows["row_squares"],
             state.rows["row_sketch"],
@@ -273,11 +285,15 @@ class MomentumRule(VoteRule):
         )
 
     def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
-        units = self.units(grid)
+        units, state = self.units(grid), _state(grid)
+        if state.observations == 0:
+            return 0, 0, 0
+        # A scale below 2^-16 counts as that: its weights leave their range at a touch either way.
+        inverse = grid.inverse_scale().clamp(max=1 << 36) * self.yardstick(grid)[1] >> 16
         return kernels.apply_votes(
             grid.indices,
-            _state(grid).votes,
-            kernels.integer_strides(grid.inverse_scale(), rate, units.unit),
+            state.votes,
+            kernels.integer_strides(inverse, rate, units.unit),
             grid.tables(),
             keys=(*_keys(grid, _DRAW), *_keys(grid, _FADE)),
             decay=round(self.beta * 65536),
@@ -288,7 +304,7 @@ class MomentumRule(VoteRule):
 
     def update(self, grid: Grid) -> None:
         state = _state(grid)
-        yard = self.yardstick(grid).double()
+        yard = self.yardstick(grid)[0].double()
         columns, count = grid.indices.shape[1], grid.ballot.micro_batches
         squares = state.rows["row_squares"].double() / 4.0 ** (16 - self.units(grid).stat_shift)
         sketch = state.rows["row_sketch"].double() / 2.0**16

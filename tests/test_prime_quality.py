@@ -312,7 +312,7 @@ def test_a_summary_without_baseline_or_with_missing_seeds() -> None:
     assert row.equal_ratio is row.target_ratio is None
     assert "-" in quality.cells(row)
     half = quality.summary([*LINES, line("momentum", 8e-3, 0, 2.0, 2.0)])
-    assert half[1].lr == 4e-3
+    assert half[1].lr == 8e-3
     table = quality.markdown(half).splitlines()
     assert len(table) == 4 and {x.count("|") for x in table} == {len(quality.COLUMNS) + 1}
     assert quality.summary([line("lora", 1e-3, 0, None, 2.0)]) == []
