@@ -23,8 +23,8 @@ end, in both backends. Randomness is a hash of (two 32-bit keys, the element's p
 from (seed, step, tensor), so no bit depends on slices, threads, device or the order of micro-batches.
 
 A buffer never wraps and never saturates in the middle of a step, which would make the order of micro-batches matter.
-Half of its range belongs to what is carried over, half to the step's new votes, and the K micro-batches of a step share
-the latter like this: an element draws one random number a step, h, and micro-batch k rounds with
+A quarter of its range belongs to what is carried over, the rest to the step's new votes, and the K micro-batches of a
+step share that like this: an element draws one random number a step, h, and micro-batch k rounds with
 r = (h + k · s) mod 2^16, s = 2^16 / K. Each r is uniform, so each vote is unbiased; together they are spread evenly
 (systematic sampling), so of K gradients clipped at B/K votes never more than B can round up, however small B/K is. So
 even a six-bit buffer holds at any K, and the rounding noise of K similar votes is that of one.
@@ -53,8 +53,7 @@ SLICE_ELEMENTS = 1 << 20
 """The torch backend works on at most about this many elements at a time, so no full-size temporary exists."""
 COLUMNS_MAX = 1 << 15
 """Widest row whose statistics cannot overflow 64 bits in a step, however loud its votes are."""
-_STAT_BITS = 46
-UNITS = {16: 4096, 8: 16, 6: 4}
+UNITS = {16: 512, 8: 16, 6: 4}
 """Votes in one row RMS, by the width of the buffer."""
 SLOTS_MAX = 1024
 """Most uses of a grid in one step."""
@@ -79,6 +78,8 @@ class VoteUnits:
     Attributes:
         unit: votes in one row RMS of the accumulated, averaged gradient.
         limit: largest magnitude of a single expected vote, as a multiple of 2^-16.
+        wide: largest magnitude that enters the row statistics, as a multiple of 2^-16. Were they taken of clipped
+            votes, a row that is clipped would look quieter, be clipped more, and drift away.
         spacing: what the draws of two neighbouring slots differ by, of 2^16; a slot is one use in one micro-batch.
         carry: largest magnitude that a buffer keeps from one step to the next.
         stat_shift: bits by which f is rounded before it is squared for the row statistics.
@@ -86,6 +87,7 @@ class VoteUnits:
 
     unit: int
     limit: int
+    wide: int
     spacing: int
     carry: int
     stat_shift: int
@@ -102,12 +104,14 @@ class VoteUnits:
         slots = micro_batches * uses
         if not 1 <= slots <= SLOTS_MAX:
             raise KernelError(f"micro_batches is {micro_batches}, expected 1 to {SLOTS_MAX // uses}")
-        budget = 1 << bits - 2
+        half = 1 << bits - 1
+        budget = half * 3 // 4
         spacing = 65536 // slots
         limit = budget * spacing
-        # (limit >> shift)^2, summed over a step's slots, stays below 2^_STAT_BITS.
-        shift = max(0, math.ceil((math.log2(limit * limit * slots) - _STAT_BITS) / 2))
-        return VoteUnits(UNITS[bits], limit, spacing, budget - 1, shift)
+        wide = min(limit << 6, 1 << 30)
+        # (wide >> shift)^2 over a step's slots and a row's columns stays below 2^62.
+        shift = max(0, math.ceil((math.log2(wide * wide * slots * COLUMNS_MAX) - 62) / 2))
+        return VoteUnits(UNITS[bits], limit, wide, spacing, half - 1 - budget, shift)
 
 
 @dataclass(frozen=True)
@@ -211,9 +215,24 @@ def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _cast_rows(
-    gradient, rows, yardstick, votes, squares, sketch, columns, key0, key1, offset, limit, shift, sign, start, stop
+    gradient,
+    rows,
+    yardstick,
+    votes,
+    squares,
+    sketch,
+    columns,
+    key0,
+    key1,
+    offset,
+    limit,
+    wide,
+    shift,
+    sign,
+    start,
+    stop,
 ):
-    top = np.float32(limit)
+    top = np.float32(wide)
     half = (np.int32(1) << shift) >> np.int32(1)
     for k in range(start, stop):
         i = rows[k]
@@ -226,7 +245,7 @@ def _cast_rows(
             f = np.int32(np.rint(min(max(t, -top), top)))
             h = _hash(base + np.uint32(j), key0, key1)
             r = np.int32((h + offset) & np.uint32(0xFFFF))
-            v = (f + r) >> np.int32(16)
+            v = (min(max(f, -limit), limit) + r) >> np.int32(16)
             votes[i, j] -= v * sign
             q = np.int64((f + half) >> shift)
             total += q * q
@@ -478,10 +497,10 @@ def _cast_reference(
     for part in _row_slices(*gradient.shape):
         i = rows[part.start : part.stop]
         t = gradient[part.start : part.stop] * yardstick[i, None] * 65536.0
-        f = torch.round(t.clamp_(-float(units.limit), float(units.limit))).to(torch.int64)
+        f = torch.round(t.clamp_(-float(units.wide), float(units.wide))).to(torch.int64)
         h = _hash_reference(_positions(i, columns), *keys)
         r = (h + offset) & 0xFFFF
-        votes[i] -= (((f + r) >> 16) * sign).to(votes.dtype)
+        votes[i] -= (((f.clamp(-units.limit, units.limit) + r) >> 16) * sign).to(votes.dtype)
         squares[i] += ((f + half) >> units.stat_shift).square().sum(1) * sign
         sketch[i] += torch.where(h >> 31 == 1, -f, f).sum(1) * sign
 
@@ -809,7 +828,7 @@ def cast_votes(
     if name == "numba":
         arrays = (gradient.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy())
         sums = (row_squares.numpy(), row_sketch.numpy())
-        plain = (np.uint32(keys[0]), np.uint32(keys[1]), np.uint32(offset), np.int32(units.limit))
+        plain = (np.uint32(keys[0]), np.uint32(keys[1]), np.uint32(offset), np.int32(units.limit), np.int32(units.wide))
         signs = (np.int32(units.stat_shift), np.int32(sign))
         _run_rows(_cast_rows, len(rows), gradient.numel(), *arrays, *sums, gradient.shape[1], *plain, *signs)
     else:

@@ -108,9 +108,10 @@ class Manifold:
 
     def unused(self, words: torch.Tensor) -> int:
         """How many int16 words are none that an import or a move ever writes."""
-        votes = (1 << self.vote_bits >> 1) - 1 if self.vote_bits else 0
-        count = int((self.levels(words).abs() > self.top).sum()) + int((words == -32768).sum())
-        return count + (int((self.votes(words).abs() > votes).sum()) if votes else 0)
+        wrong = (self.levels(words).abs() > self.top) | (words == -INDEX_MAX - 1)
+        if self.vote_bits:
+            wrong |= self.votes(words) == -(1 << self.vote_bits >> 1)
+        return int(wrong.sum())
 
     def to(self, device: torch.device | str) -> Manifold:
         """The same manifold with its tables on ``device``."""

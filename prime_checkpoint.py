@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from manifolds import ENTRIES
+from manifolds import COMPACT_VOTE_BITS, ENTRIES
 
 FORMAT = "qwen-prime"
 VERSION = 2
@@ -378,8 +378,10 @@ def _check_vote_state(model: dict[str, Any], name: str, state: Any, vote_bits: i
 def _check_manifold(manifold: dict[str, Any], where: str) -> None:
     if not all(isinstance(manifold.get(k), str) for k in ("name", "sha256")):
         raise CheckpointError(f"{where} does not name its manifold and the manifold's sha256")
-    if type(manifold.get("vote_bits")) is not int:
-        raise CheckpointError(f"{where} does not say how many bits of a word are votes (manifold/vote_bits)")
+    if type(manifold.get("vote_bits")) is not int or manifold["vote_bits"] not in (0, COMPACT_VOTE_BITS):
+        raise CheckpointError(
+            f"{where} has {manifold.get('vote_bits')!r} under manifold/vote_bits, expected 0 or {COMPACT_VOTE_BITS}"
+        )
     _expect(where, "manifold/values", manifold.get("values"), torch.float32, 1)
     if len(manifold["values"]) != ENTRIES:
         raise CheckpointError(f"{where}: manifold/values has {len(manifold['values'])} entries, expected {ENTRIES}")

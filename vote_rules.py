@@ -127,6 +127,8 @@ class VoteRule:
     """What all rules share: the buffer, the memory of row statistics, the checks of hyperparameters."""
 
     name: ClassVar[str]
+    decays: ClassVar[bool] = True
+    """Whether the rule knows weight decay."""
     row_means: ClassVar[tuple[str, ...]] = ("r2",)
     row_sums: ClassVar[tuple[str, ...]] = ("row_squares",)
 
@@ -234,7 +236,9 @@ class MomentumRule(VoteRule):
 
     def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:
         super().check(manifold, micro_batches, uses)
-        VoteUnits.for_buffer(self.bits, micro_batches, uses)
+        most = kernels.SLOTS_MAX // uses
+        if micro_batches > most:
+            raise RuleError(f"rule {self.name} counts at most {most} micro-batches in a step, got {micro_batches}")
 
     def units(self, grid: Grid) -> VoteUnits:
         """Units of the grid's buffer at the ballot's number of micro-batches."""
@@ -335,6 +339,7 @@ class SupermajorityRule(VoteRule):
     """The rule ``supermajority`` of the module docstring."""
 
     name: ClassVar[str] = "supermajority"
+    decays: ClassVar[bool] = False
     row_means: ClassVar[tuple[str, ...]] = ("r1", "r2")
     row_sums: ClassVar[tuple[str, ...]] = ("row_sizes", "row_squares")
 
@@ -360,7 +365,7 @@ class SupermajorityRule(VoteRule):
 
     @property
     def carry(self) -> int:
-        """Largest magnitude that a buffer keeps from one step to the next; the rest is for the step's votes."""
+        """Largest magnitude that a buffer keeps from one step to the next; the other half is for the step's votes."""
         return (1 << BUFFER_BITS[self.buffer] - 2) - 1
 
     def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:

@@ -68,9 +68,11 @@ class Recipe:
             raise ValueError(f"warmup is {self.warmup}, expected at least 0")
         if self.lr is not None and not 0 <= self.lr <= 1:
             raise ValueError(f"lr is {self.lr}, expected 0 to 1")
-        if not 0 <= self.weight_decay * (self.lr or 0.0) <= 2**-10 or self.weight_decay < 0:
-            most = f" to {2**-10 / self.lr:g} at lr {self.lr:g}" if self.lr else " or more"
-            raise ValueError(f"weight-decay is {self.weight_decay}, expected 0{most}")
+        if not 0 <= self.weight_decay * (self.lr or 2**-10) <= 2**-10:
+            most = 2**-10 / (self.lr or 2**-10)
+            raise ValueError(f"weight-decay is {self.weight_decay}, expected 0 to {most:g} (lr times it below 0.001)")
+        if self.weight_decay and not self.rule().decays:
+            raise ValueError(f"vote-rule {self.vote_rule} has no weight decay: leave --weight-decay at 0")
         if self.vote_rule == "compact" and self.vote_buffer is not None:
             raise ValueError("vote-rule compact has its votes inside the indices: leave --vote-buffer out")
         self.rule()

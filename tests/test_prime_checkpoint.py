@@ -18,7 +18,7 @@ import torch
 
 import manifolds
 import prime_checkpoint
-from ghost_core import GhostGrid
+from ghost_core import Ballot, GhostGrid
 from prime_checkpoint import (
     CheckpointError,
     changed_tensors,
@@ -30,30 +30,39 @@ from prime_checkpoint import (
     save_checkpoint,
     tensor_sha256,
 )
+from vote_rules import RULES, MomentumRule, VoteRule, rule_named
 
 MANIFOLD = manifolds.build("prime-harmonic")
 
 
-def new_checkpoint(seed: int = 1) -> dict[str, Any]:
+def new_checkpoint(seed: int = 1, rule: VoteRule | None = None) -> dict[str, Any]:
     """A small checkpoint of stage train with everything that the contract knows."""
+    rule = rule or MomentumRule()
+    table = manifolds.build("compact") if rule.vote_bits else MANIFOLD
     generator = torch.Generator().manual_seed(seed)
     model: dict[str, torch.Tensor] = {"norm.weight": torch.randn(6, generator=generator)}
     votes = {}
     for name, shape in (("embed.grid", (11, 6)), ("layer.up.grid", (8, 6))):
-        grid = GhostGrid(*shape, MANIFOLD)
+        grid = GhostGrid(*shape, table, Ballot(rule=rule))
         grid.import_weights(torch.randn(*shape, generator=generator))
         grid.unlock()
-        grid.votes.random_(-99, 99, generator=generator)
+        planted = torch.randint(-31, 32, shape, generator=generator)
+        (grid.indices if rule.vote_bits else grid.votes).add_(planted.to(torch.int16 if rule.vote_bits else torch.int8))
         model[f"{name}.indices"], model[f"{name}.scale"] = grid.indices, grid.scale
         votes[name] = grid.vote_state()
     model["layer.up.bias"] = torch.randn(8, generator=generator)
     return {
         "format": "qwen-prime",
-        "version": 1,
+        "version": 2,
         "stage": "train",
         "hf_config": {"hidden_size": 6, "rope_scaling": None, "architectures": ["Qwen2ForCausalLM"], "eps": 1e-6},
         "tokenizer": {"source": "tiny", "files": {"vocab.json": torch.arange(9, dtype=torch.uint8)}},
-        "manifold": {"name": MANIFOLD.name, "sha256": MANIFOLD.sha256, "values": MANIFOLD.values.clone()},
+        "manifold": {
+            "name": table.name,
+            "sha256": table.sha256,
+            "vote_bits": table.vote_bits,
+            "values": table.values.clone(),
+        },
         "model": model,
         "probes": {"embed.weight": torch.randn(11, generator=generator)},
         "votes": votes,
@@ -103,7 +112,7 @@ def test_round_trip(tmp_path: Path) -> None:
     expected = copy.deepcopy(saved)
     digest = save_checkpoint(saved, tmp_path / "a.pt")
     loaded = load_checkpoint(tmp_path / "a.pt")
-    assert len(loaded["sha256"]) == 4 + 1 + 1 + 1 + 2 * 4 + 1 + 2 and "adam/m" not in loaded["sha256"]
+    assert len(loaded["sha256"]) == 4 + 1 + 1 + 1 + 2 * 6 + 1 + 2 and "adam/m" not in loaded["sha256"]
     assert loaded["sha256"]["train_state/adam/m"] == hashlib.sha256(b"").hexdigest()
     expected["sha256"] = loaded["sha256"]
     assert_same(loaded, expected)
@@ -337,7 +346,8 @@ VOTES = ("votes", "embed.grid")
 VIOLATIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("format",), "qwen", "format"),
     (("format",), None, "format"),
-    (("version",), 2, "version 2"),
+    (("version",), 1, "version 1, expected 2"),
+    (("version",), 3, "version 3"),
     (("version",), "1", "version"),
     (("version",), None, "version"),
     (("stage",), "done", "stage 'done'"),
@@ -362,8 +372,19 @@ VIOLATIONS: list[tuple[tuple[str, ...], Any, str]] = [
     (("manifold", "values"), torch.zeros(65_536, dtype=torch.float64), "manifold/values is torch.float64"),
     (("manifold", "values"), torch.zeros(2, 32_768), "manifold/values"),
     (("manifold", "values"), None, "manifold/values"),
-    ((*VOTES, "votes"), torch.zeros(11, 6, dtype=torch.int8), "votes/embed.grid is torch.int8"),
+    (("manifold", "vote_bits"), None, "manifold/vote_bits"),
+    (("manifold", "vote_bits"), "0", "manifold/vote_bits"),
+    (("manifold", "vote_bits"), True, "manifold/vote_bits"),
+    (("manifold", "vote_bits"), 6, "votes/embed.grid has a buffer, the manifold 6 vote bits"),
+    ((*VOTES, "votes"), torch.zeros(11, 6, dtype=torch.int32), "votes/embed.grid is torch.int32"),
+    ((*VOTES, "votes"), torch.zeros(11, 6, dtype=torch.uint8), "votes/embed.grid is torch.uint8"),
+    ((*VOTES, "votes"), torch.zeros(66, dtype=torch.int8), "votes/embed.grid is torch.int8"),
+    ((*VOTES, "votes"), [0], "votes/embed.grid is a list"),
     ((*VOTES, "votes"), torch.zeros(11, 5, dtype=torch.int16), r"votes/embed.grid has shape \(11, 5\)"),
+    ((*VOTES, "r1"), torch.zeros(11), "votes/embed.grid is not a vote state"),
+    ((*VOTES, "g2"), torch.zeros(11, dtype=torch.int64), "g2"),
+    ((*VOTES, "row_sketch"), torch.zeros(11), "row_sketch"),
+    ((*VOTES, "row_sketch"), torch.zeros(12, dtype=torch.int64), "row_sketch"),
     ((*VOTES, "more"), torch.zeros(1), "votes/embed.grid is not a vote state"),
     (VOTES, torch.zeros(11, 6, dtype=torch.int16), "votes/embed.grid is not a vote state"),
     (("votes", "nowhere.grid"), "the same as embed.grid", "votes/nowhere.grid"),
@@ -414,11 +435,50 @@ def test_every_key_is_required(key: str) -> None:
         check_contract(checkpoint, "here")
 
 
-@pytest.mark.parametrize("part", ["votes", "r2", "row_squares", "observations"])
-def test_every_part_of_a_vote_state_is_required(part: str) -> None:
-    checkpoint = new_checkpoint()
+PARTS = [(name, part) for name in RULES for part in new_checkpoint(rule=rule_named(name))["votes"]["embed.grid"]]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS, ids=lambda v: v)
+def test_every_part_of_a_vote_state_is_required(name: str, part: str) -> None:
+    checkpoint = new_checkpoint(rule=rule_named(name))
+    check_contract(checkpoint, "here")
     del checkpoint["votes"]["embed.grid"][part]
-    with pytest.raises(CheckpointError, match=r"votes/embed\.grid is not a vote state"):
+    with pytest.raises(CheckpointError, match=r"votes/embed\.grid (is not a vote state|has none)"):
+        check_contract(checkpoint, "here")
+
+
+@pytest.mark.parametrize("buffer", ["int8", "int16", None])
+@pytest.mark.parametrize("name", RULES)
+def test_the_votes_of_every_rule_survive(name: str, buffer: str | None, tmp_path: Path) -> None:
+    """Whatever their type and wherever they are kept, and into a fresh grid of the same rule."""
+    rule = rule_named(name, buffer=buffer)
+    saved = new_checkpoint(rule=rule)
+    save_checkpoint(saved, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert_same(loaded["votes"], saved["votes"])
+    table = manifolds.build(loaded["manifold"]["name"])
+    grid = GhostGrid(11, 6, table, Ballot(rule=rule))
+    grid.indices.copy_(loaded["model"]["embed.grid.indices"])
+    grid.load_vote_state(loaded["votes"]["embed.grid"])
+    assert grid.votes.any()
+    if rule.vote_bits:
+        assert "votes" not in loaded["votes"]["embed.grid"]
+        assert torch.equal(grid.votes, table.votes(saved["model"]["embed.grid.indices"]))
+    else:
+        wanted = {"int8": torch.int8, "int16": torch.int16}[rule.buffer]
+        assert grid.votes.dtype == wanted and torch.equal(grid.votes, saved["votes"]["embed.grid"]["votes"])
+
+
+@pytest.mark.parametrize("votes", [torch.zeros(11, 6, dtype=torch.int8), torch.zeros(11, 6, dtype=torch.int16)])
+def test_a_buffer_beside_words_with_votes_is_refused(votes: torch.Tensor) -> None:
+    """Two places for the same votes: one of them would be ignored."""
+    checkpoint = new_checkpoint(rule=rule_named("compact"))
+    checkpoint["votes"]["embed.grid"]["votes"] = votes
+    with pytest.raises(CheckpointError, match=r"votes/embed\.grid has a buffer"):
+        check_contract(checkpoint, "here")
+    checkpoint = new_checkpoint(rule=rule_named("compact"))
+    checkpoint["manifold"]["vote_bits"] = 0
+    with pytest.raises(CheckpointError, match=r"votes/embed\.grid has none"):
         check_contract(checkpoint, "here")
 
 

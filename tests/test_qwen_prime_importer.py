@@ -294,11 +294,37 @@ def test_two_imports_are_the_same_bytes_of_tensors(tiny: Imported, tmp_path: Pat
     assert same_tensors(tiny[1], tmp_path / "again.pt")
 
 
-def test_the_linear_manifold(tiny: Imported, tmp_path: Path) -> None:
-    report = import_source(tiny[0], tmp_path / "linear.pt", manifold="linear")
-    assert load_checkpoint(tmp_path / "linear.pt")["manifold"]["name"] == report["manifold"]["name"] == "linear"
-    assert not same_tensors(tiny[1], tmp_path / "linear.pt")
-    assert report["lowest_snr_db"] > manifolds.build().snr_limit_db
+@pytest.mark.parametrize(("name", "low", "high"), [("linear", 75, 100), ("compact", 50, 60)])
+def test_another_manifold(name: str, low: float, high: float, tiny: Imported, tmp_path: Path) -> None:
+    """It is recorded whole, and every tensor keeps what its limit promises."""
+    report = import_source(tiny[0], tmp_path / "other.pt", manifold=name)
+    table = manifolds.build(name)
+    recorded = load_checkpoint(tmp_path / "other.pt")["manifold"]
+    assert recorded["name"] == report["manifold"]["name"] == name
+    assert recorded["sha256"] == table.sha256 and recorded["vote_bits"] == table.vote_bits
+    assert torch.equal(recorded["values"], table.values)
+    assert not same_tensors(tiny[1], tmp_path / "other.pt")
+    assert low == table.snr_limit_db < report["lowest_snr_db"] < high
+    assert not any("worst_row" in line for line in report["per_tensor"].values())
+
+
+def test_words_with_room_for_votes_are_imported_without_votes(tiny: Imported, tmp_path: Path) -> None:
+    """The nearest of 1,023 levels, in float64; nothing in the low bits."""
+    source, _, _ = tiny
+    import_source(source, tmp_path / "compact.pt", manifold="compact")
+    table = manifolds.build("compact")
+    model = load_checkpoint(tmp_path / "compact.pt")["model"]
+    levels = torch.cat([-table.fixed.flip(0), table.fixed[1:]]).double() / 2.0**40
+    for name, dense in load_file(source / "model.safetensors").items():
+        if dense.ndim == 2:
+            words = model[f"{name.removesuffix('weight')}grid.indices"]
+            scale = model[f"{name.removesuffix('weight')}grid.scale"].double()[:, None]
+            assert table.unused(words) == 0 and not bool((words % 64).any()), name
+            share = dense.double() / scale
+            found = levels[words.long() // 64 + table.top]
+            nearest = (share[..., None] - levels).abs().amin(-1) if dense.numel() < 8000 else None
+            if nearest is not None:
+                assert float(((found - share).abs() - nearest).max()) < 1e-7, name
 
 
 def test_a_low_snr_names_the_row_that_forbids_more(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
-"""The trainer on the embedded model: it learns, leaves what it should alone, stops and resumes bit for bit."""
+"""The training script: what it writes, how it stops and resumes bit for bit, what it refuses.
+
+The step itself is tested in test_vote_trainer.py.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -14,17 +18,22 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import import_source, tiny_config, write_source
 
+import manifolds
 import prime_cli
+import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
 import qwen_prime_train as train
+import verify_qwen_prime as verify
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
-from qwen_prime_data import PackedBatches, encode_records, read_records
-from qwen_prime_wrapper import model_from_checkpoint, tokenizer_from_checkpoint
+from qwen_prime_wrapper import model_from_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny_coder"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +73,62 @@ def config(init: Path, records: Path, tmp_path: Path) -> train.TrainConfig:
     )
 
 
-def make_trainer(config: train.TrainConfig) -> train.VoteTrainer:
-    checkpoint = load_checkpoint(config.checkpoint)
-    tokenizer = tokenizer_from_checkpoint(checkpoint)
-    encoded = encode_records(read_records(config.data, split="train"), tokenizer, config.seq_len, progress=False)
-    batches = PackedBatches(
-        encoded, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=tokenizer.pad_token_id, seed=config.seed
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random model of two layers, imported on each manifold."""
+    folder = tmp_path_factory.mktemp("sources")
+    source = write_source(folder / "source", tiny_config())
+    for name in manifolds.NAMES:
+        import_source(source, folder / f"{name}_prime_init.pt", manifold=name)
+    return {name: folder / f"{name}_prime_init.pt" for name in manifolds.NAMES}
+
+
+@pytest.fixture
+def quick(sources: dict[str, Path], tmp_path: Path) -> train.TrainConfig:
+    """A run of four steps on it, within a fraction of a second; plain texts, since its tokenizer knows no roles."""
+    lines = [{"text": f"abc {i} " * (2 + i % 5), "split": "train" if i < 40 else "eval"} for i in range(46)]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return train.TrainConfig(
+        checkpoint=sources["prime-harmonic"],
+        data=data,
+        output_dir=tmp_path / "quick",
+        steps=4,
+        seq_len=64,
+        grad_accum=6,
+        lr=4e-3,
+        warmup=1,
+        eval_every=2,
+        save_every=2,
+        device="cpu",
     )
-    return train.VoteTrainer(model_from_checkpoint(checkpoint), batches, config)
 
 
-def fingerprint(trainer: train.VoteTrainer) -> dict[str, str]:
-    """Hash of every tensor that the next step depends on."""
-    tree: dict[str, Any] = {
-        "model": train.model_tensors(trainer.model),
-        "votes": trainer.votes(),
-        "state": trainer.state(),
-    }
-    return {name: tensor_sha256(tensor) for name, tensor in walk_tensors(tree)}
+def errors_of_the_script() -> tuple[type[Exception], ...]:
+    """Those that the script's last lines name as meant for the user."""
+    tree = ast.parse(Path(train.__file__).read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "prime_cli.run"]
+    names = [ast.unparse(n) for n in calls[0].args[2].elts]  # type: ignore[attr-defined]
+    return tuple(OSError if name == "OSError" else getattr(train, name) for name in names)
+
+
+ERRORS = errors_of_the_script()
+ARGUMENTS = ["--checkpoint", "x", "--data", "x", "--output-dir", "x"]
+
+
+def command(config: train.TrainConfig) -> int:
+    """Exit code of the command line program with this config."""
+    return prime_cli.run(type(config), lambda _: train.main(config), ERRORS, ARGUMENTS)
+
+
+def the_error(printed: str) -> str:
+    """The only line of stderr that is an error, its last."""
+    lines = printed.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
+
+
+# -- what a run writes ------------------------------------------------------------------------------------------------
 
 
 def test_a_run_learns_and_writes_what_it_promises(config: train.TrainConfig) -> None:
@@ -91,7 +138,7 @@ def test_a_run_learns_and_writes_what_it_promises(config: train.TrainConfig) -> 
     assert [s["step"] for s in stats] == list(range(1, 11))
     promised = ("loss", "val_loss", "flips", "flip_rate", "tokens_per_s", "lr", "peel_phase", "thawed_layers")
     for line in stats:
-        assert set(promised) | {"sentinel", "mem_peak_bytes", "timestamp"} <= set(line)
+        assert set(promised) | {"sentinel", "mem_peak_bytes", "timestamp", "clipped"} <= set(line)
     assert [s["step"] for s in stats if s["val_loss"] is not None] == [2, 4, 6, 8, 10]
     assert stats[-1]["loss"] < 0.7 * stats[0]["loss"]
     assert all(s["flips"] > 0 for s in stats)
@@ -103,176 +150,137 @@ def test_a_run_learns_and_writes_what_it_promises(config: train.TrainConfig) -> 
     assert stats[-1]["val_loss"] < 0.8 * events[1]["val_loss"]
 
 
-def test_every_matrix_moves_and_nothing_has_a_gradient(config: train.TrainConfig) -> None:
-    trainer = make_trainer(config)
-    before = {n: g.indices.clone() for n, g in trainer.grids.items()}
-    floats = {n: p.detach().clone() for n, p in trainer.floats.items()}
-    trainer.step()
-    for name, grid in trainer.grids.items():
-        assert not torch.equal(grid.indices, before[name]), name
-    assert any(not torch.equal(p, floats[n]) for n, p in trainer.floats.items())
-    assert all(p.grad is None for p in trainer.floats.values())
+def test_the_rate_that_was_not_given_is_recorded(quick: train.TrainConfig) -> None:
+    assert train.main(replace(quick, lr=None, steps=2)) == 0
+    rate = json.loads((quick.output_dir / "config.json").read_text())["lr"]
+    assert rate == pytest.approx(0.25 / 48)
+    assert next(s["lr"] for s in read_lines(quick.output_dir / "stats.jsonl")) == rate
 
 
-def test_votes_are_the_same_with_and_without_gradient_checkpointing(config: train.TrainConfig) -> None:
-    prints = []
-    for checkpointing in (True, False):
-        trainer = make_trainer(replace(config, gradient_checkpointing=checkpointing))
-        for _ in range(2):
-            trainer.step()
-        prints.append(fingerprint(trainer))
-    assert prints[0] == prints[1]
+@pytest.mark.parametrize("manifold", ["compact", "prime-harmonic", "linear"])
+def test_a_compact_run_is_sound_from_any_start(
+    quick: train.TrainConfig, sources: dict[str, Path], manifold: str, tmp_path: Path
+) -> None:
+    """Verified and evaluated; where it starts on another manifold its weights are moved once, at the start."""
+    config = replace(quick, vote_rule="compact", checkpoint=sources[manifold])
+    assert train.main(config) == 0
+    path = config.output_dir / f"{manifold}_prime_step_4.pt"
+    assert verify.main(verify.VerifyConfig(path)) == 0
+    trained, start = load_checkpoint(path), load_checkpoint(sources[manifold])
+    table = manifolds.build("compact")
+    assert trained["manifold"]["sha256"] == table.sha256 and trained["manifold"]["vote_bits"] == 6
+    assert trained["train_state"]["vote_rule"] == "compact"
+    words = {n: t for n, t in trained["model"].items() if n.endswith(".grid.indices")}
+    assert set(trained["votes"]) == {n.removesuffix(".indices") for n in words}
+    for name, tensor in words.items():
+        assert "votes" not in trained["votes"][name.removesuffix(".indices")]
+        assert table.votes(tensor).any() and table.unused(tensor) == 0, name
+        scale = name.replace("indices", "scale")
+        assert torch.equal(trained["model"][scale], start["model"][scale]), "scales are never trained"
+    report = tmp_path / "evaluation.json"
+    losses = []
+    for model in (sources[manifold], path):
+        settings = evaluation.EvalConfig(model=model, data=config.data, seq_len=64, json=report)
+        assert evaluation.main(settings) == 0
+        losses.append(json.loads(report.read_text())["nll_per_token"])
+    assert losses[1] < losses[0]
 
 
-def test_resume_is_bit_for_bit(config: train.TrainConfig, tmp_path: Path) -> None:
-    whole = replace(config, output_dir=tmp_path / "whole")
-    assert train.main(whole) == 0
-    # The schedule looks at --steps, so the first half is stopped, not shortened.
-    half = replace(config, output_dir=tmp_path / "half")
+def test_moving_to_the_compact_manifold_is_nearly_what_an_import_gives(
+    sources: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """16-bit values are not quite the source's, so a weight near a border may fall on its other side."""
+    checkpoint = load_checkpoint(sources["prime-harmonic"])
+    model = model_from_checkpoint(checkpoint)
+    with caplog.at_level("INFO"):
+        moved = train.make_compact(model, checkpoint)
+    assert "compact" in caplog.text and "lowest SNR" in caplog.text
+    assert checkpoint["manifold"]["name"] == "prime-harmonic", "the checkpoint that was given stays"
+    assert moved["manifold"]["name"] == "compact"
+    wanted = load_checkpoint(sources["compact"])["model"]
+    for name, tensor in train.model_tensors(model).items():
+        if name.endswith(".indices"):
+            off = (tensor.int() - wanted[name].int()).abs()
+            assert int(off.max()) <= 64 and float((off > 0).double().mean()) < 0.03, name
+        else:
+            assert torch.equal(tensor, wanted[name]), name
+
+
+# -- stopping and going on --------------------------------------------------------------------------------------------
+
+
+def content(path: Path) -> dict[str, str]:
+    """Hash of every tensor of a checkpoint."""
+    return {n: tensor_sha256(t) for n, t in walk_tensors(load_checkpoint(path)) if "sha256" not in n}
+
+
+def stop_after(steps: int, config: train.TrainConfig) -> None:
+    """Run the script until a signal arrives at the end of a step."""
     trainer_step = train.VoteTrainer.step
 
-    def stopping(self: train.VoteTrainer) -> train.StepResult:
+    def stopping(self: train.VoteTrainer) -> Any:
         result = trainer_step(self)
-        if self.done == 2:
+        if self.done == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.VoteTrainer, "step", stopping)
-        assert train.main(half) == 0
-    assert [n for n, _ in train.saved_steps(half.output_dir, "tiny")] == [2]
+        assert train.main(config) == 0
+
+
+RUNS = [
+    ("momentum", "prime-harmonic"),
+    ("compact", "compact"),
+    ("compact", "prime-harmonic"),
+    ("supermajority", "prime-harmonic"),
+    ("stochastic", "linear"),
+]
+"""Vote rule, and the manifold of the checkpoint that the run starts from."""
+
+
+@pytest.mark.parametrize(("rule", "manifold"), RUNS)
+def test_resume_is_bit_for_bit(
+    quick: train.TrainConfig, sources: dict[str, Path], rule: Any, manifold: str, tmp_path: Path
+) -> None:
+    """Stopped half way against uninterrupted; the schedule looks at --steps, so the first half is not shortened."""
+    config = replace(quick, vote_rule=rule, checkpoint=sources[manifold])
+    whole = replace(config, output_dir=tmp_path / "whole")
+    assert train.main(whole) == 0
+    half = replace(config, output_dir=tmp_path / "half")
+    stop_after(2, half)
+    assert [n for n, _ in train.saved_steps(half.output_dir, manifold)] == [2]
     assert train.main(replace(half, resume=True)) == 0
-    ends = [load_checkpoint(f / "tiny_prime_step_4.pt") for f in (whole.output_dir, half.output_dir)]
-    first, second = ({n: tensor_sha256(t) for n, t in walk_tensors(c) if "sha256" not in n} for c in ends)
-    assert first == second
-    assert ends[0]["train_state"]["data"] == ends[1]["train_state"]["data"]
-    assert ends[0]["train_state"]["tokens"] == ends[1]["train_state"]["tokens"]
+    ends = [folder / f"{manifold}_prime_step_4.pt" for folder in (whole.output_dir, half.output_dir)]
+    assert content(ends[0]) == content(ends[1])
+    first, second = (load_checkpoint(end) for end in ends)
+    assert first["train_state"]["data"] == second["train_state"]["data"]
+    assert first["train_state"]["tokens"] == second["train_state"]["tokens"]
+    assert first["manifold"]["name"] == ("compact" if rule == "compact" else manifold)
+    lines = [list(read_lines(folder / "stats.jsonl")) for folder in (whole.output_dir, half.output_dir)]
+    first_run, second_run = ([(s["step"], s["loss"], s["flips"], s["lr"]) for s in part] for part in lines)
+    assert len(first_run) == 4 and first_run == second_run
 
 
-def test_resume_passes_over_a_damaged_checkpoint(config: train.TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
-    assert train.main(config) == 0
-    newest = config.output_dir / "tiny_prime_step_4.pt"
+def test_resume_passes_over_a_damaged_checkpoint(quick: train.TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    assert train.main(quick) == 0
+    newest = quick.output_dir / "prime-harmonic_prime_step_4.pt"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    path, _ = train.newest_checkpoint(config.output_dir, "tiny")
-    assert path.name == "tiny_prime_step_2.pt"
+    path, _ = train.newest_checkpoint(quick.output_dir, "prime-harmonic")
+    assert path.name == "prime-harmonic_prime_step_2.pt"
     assert "damaged" in caplog.text
 
 
-@pytest.mark.parametrize("where", ["loss", "middle"])
-def test_a_micro_batch_that_is_not_finite_leaves_no_trace(config: train.TrainConfig, where: str) -> None:
-    """Against a run in which that micro-batch never votes."""
-    trainer, control = make_trainer(config), make_trainer(config)
-    trainer.step()
-    control.step()
-    loss = trainer._loss
-    cast = control._cast
-
-    def poisoned(batch: Any) -> torch.Tensor:
-        value = loss(batch)
-        if trainer.ballot.mode != "closed" and trainer.ballot.micro_batch == 1:
-            return value * torch.nan if where == "loss" else value
-        return value
-
-    def skipping(batch: Any, k: int, weight: float) -> float | None:
-        return None if k == 1 else cast(batch, k, weight)
-
-    layer = trainer.model.model.layers[2]
-    hook = None
-    if where == "middle":
-
-        def explode(module: Any, inputs: Any, output: Any) -> Any:
-            if trainer.ballot.micro_batch == 1 and output.requires_grad:
-                output.register_hook(lambda g: g * torch.inf)
-            return output
-
-        hook = layer.register_forward_hook(explode)
-    trainer._loss, control._cast = poisoned, skipping  # type: ignore[method-assign]
-    result, wanted = trainer.step(), control.step()
-    if hook:
-        hook.remove()
-    assert result.skipped == wanted.skipped == 1
-    assert result.loss == wanted.loss
-    assert fingerprint(trainer) == fingerprint(control)
-
-
-def test_a_step_without_a_finite_micro_batch_moves_nothing(config: train.TrainConfig) -> None:
-    trainer = make_trainer(config)
-    trainer.step()
-    indices = {n: tensor_sha256(g.indices) for n, g in trainer.grids.items()}
-    votes = {n: tensor_sha256(g.votes) for n, g in trainer.grids.items()}
-    loss = trainer._loss
-    trainer._loss = lambda batch: loss(batch) * torch.nan  # type: ignore[method-assign]
-    result = trainer.step()
-    assert result.skipped == config.grad_accum and result.moved == {}
-    assert {n: tensor_sha256(g.indices) for n, g in trainer.grids.items()} == indices
-    assert {n: tensor_sha256(g.votes) for n, g in trainer.grids.items()} == votes
-
-
-def test_random_targets_do_not_help_the_held_out_loss(config: train.TrainConfig) -> None:
-    """The same number of flips without a signal must not look like learning."""
-    losses = {}
-    for name in ("true", "random"):
-        trainer = make_trainer(replace(config, lr=1e-3))
-        held = [next(trainer.batches) for _ in range(2)]
-        generator = torch.Generator().manual_seed(1)
-        loss = trainer._loss
-
-        def shuffled(batch: Any, loss: Any = loss, generator: torch.Generator = generator) -> torch.Tensor:
-            labels = batch.labels.clone()
-            wanted = labels != -100
-            labels[wanted] = torch.randint(4096, (int(wanted.sum()),), generator=generator)
-            return loss(replace(batch, labels=labels))
-
-        if name == "random":
-            trainer._loss = shuffled  # type: ignore[method-assign]
-        before = float(sum(loss(b).detach() for b in held))
-        for _ in range(4):
-            trainer.step()
-        losses[name] = float(sum(loss(b).detach() for b in held)) / before
-    assert losses["true"] < 0.8
-    assert losses["random"] > 0.98
-
-
-def test_the_learning_rate_rises_and_falls() -> None:
-    config = train.TrainConfig(checkpoint=Path("a"), data=Path("b"), output_dir=Path("c"), steps=100, warmup=10, lr=1.0)
-    rates = [train.learning_rate(config, s) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and max(rates) <= 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=0.01)
-    constant = replace(config, schedule="constant")
-    assert train.learning_rate(constant, 99) == 1.0
-
-
-def test_refusals(config: train.TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(train.TrainError, match="context"):
-        train.main(replace(config, seq_len=4096))
-    with pytest.raises(train.TrainError, match="nothing to resume"):
-        train.main(replace(config, resume=True))
-    assert train.main(replace(config, steps=1)) == 0
-    with pytest.raises(train.TrainError, match="--resume"):
-        train.main(config)
-    with pytest.raises(train.TrainError, match="raise --steps"):
-        train.main(replace(config, steps=1, resume=True))
-    with pytest.raises(train.TrainError, match="seed"):
-        train.main(replace(config, seed=5, resume=True))
-    for wrong in ({"steps": 0}, {"lr": 2.0}, {"beta": 1.0}, {"warmup": -1}, {"grad_accum": 10_000}):
-        with pytest.raises(ValueError):
-            replace(config, **wrong)
-    missing = replace(config, checkpoint=tmp_path / "absent.pt", output_dir=tmp_path / "other")
-    assert prime_cli.run(type(missing), lambda _: train.main(missing), (train.CheckpointError,), _arguments()) == 1
-
-
-def _arguments() -> list[str]:
-    return ["--checkpoint", "x", "--data", "x", "--output-dir", "x"]
-
-
-def test_sigint_in_a_real_process_saves_and_exits_0(config: train.TrainConfig) -> None:
-    command = [sys.executable, str(ROOT / "qwen_prime_train.py"), "--checkpoint", str(config.checkpoint)]
-    command += ["--data", str(config.data), "--output-dir", str(config.output_dir), "--steps", "10000"]
-    command += ["--seq-len", "128", "--grad-accum", "2", "--save-every", "5000", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    stats = config.output_dir / "stats.jsonl"
+def test_sigint_in_a_real_process_saves_and_exits_0(quick: train.TrainConfig) -> None:
+    command = [sys.executable, str(ROOT / "qwen_prime_train.py"), "--checkpoint", str(quick.checkpoint)]
+    command += ["--data", str(quick.data), "--output-dir", str(quick.output_dir), "--steps", "10000"]
+    command += ["--seq-len", "64", "--grad-accum", "2", "--save-every", "5000", "--device", "cpu"]
+    # One thread that does not spin: on a busy machine two cost many times what they save.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    stats = quick.output_dir / "stats.jsonl"
     deadline = time.monotonic() + 120
     while len(list(read_lines(stats))) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
@@ -280,5 +288,80 @@ def test_sigint_in_a_real_process_saves_and_exits_0(config: train.TrainConfig) -
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     steps = [s["step"] for s in read_lines(stats)]
-    assert [n for n, _ in train.saved_steps(config.output_dir, "tiny")] == [steps[-1]]
+    assert [n for n, _ in train.saved_steps(quick.output_dir, "prime-harmonic")] == [steps[-1]]
     assert "--resume" in errors
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_refusals(quick: train.TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(train.TrainError, match="context"):
+        train.main(replace(quick, seq_len=4096))
+    with pytest.raises(train.TrainError, match="nothing to resume"):
+        train.main(replace(quick, resume=True))
+    assert train.main(replace(quick, steps=1)) == 0
+    with pytest.raises(train.TrainError, match="--resume"):
+        train.main(quick)
+    with pytest.raises(train.TrainError, match="raise --steps"):
+        train.main(replace(quick, steps=1, resume=True))
+    for wrong in ({"steps": 0}, {"lr": 2.0}, {"beta": 1.0}, {"warmup": -1}, {"keep_last": 0}, {"eval_every": -1}):
+        with pytest.raises(ValueError):
+            replace(quick, **wrong)
+    assert command(replace(quick, checkpoint=tmp_path / "absent.pt", output_dir=tmp_path / "other")) == 1
+
+
+OTHER_RUNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"seed": 5}, "seed"),
+    ({}, {"vote_buffer": "int16"}, "vote_buffer"),
+    ({}, {"vote_rule": "supermajority"}, "vote_rule"),
+    ({}, {"vote_rule": "compact"}, "vote_rule"),
+    ({"vote_rule": "compact"}, {"vote_rule": "momentum"}, "compact"),
+    ({"vote_rule": "compact"}, {"vote_rule": "stochastic"}, "compact"),
+    ({}, {"grad_accum": 3}, "micro_batches"),
+]
+
+
+@pytest.mark.parametrize(("wrote", "reads", "word"), OTHER_RUNS, ids=str)
+def test_resuming_as_another_run_is_one_line(
+    quick: train.TrainConfig,
+    wrote: dict[str, Any],
+    reads: dict[str, Any],
+    word: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And nothing is written over what the run has."""
+    assert train.main(replace(quick, steps=1, **wrote)) == 0
+    before = {f.name: f.read_bytes() for f in quick.output_dir.iterdir()}
+    capsys.readouterr()
+    assert command(replace(quick, **{**wrote, **reads}, resume=True)) == 1
+    assert word in the_error(capsys.readouterr().err)
+    assert {f.name: f.read_bytes() for f in quick.output_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "start", "word"),
+    [
+        ({"vote_rule": "momentum"}, "compact", "needs the manifold"),
+        ({"vote_rule": "supermajority"}, "compact", "needs the manifold"),
+        ({"grad_accum": 10_000}, "prime-harmonic", "10000"),
+        ({"grad_accum": 10_000, "vote_rule": "compact"}, "compact", "10000"),
+        ({"grad_accum": 10_000, "vote_rule": "supermajority"}, "prime-harmonic", "10000"),
+        ({"weight_decay": 0.1, "vote_rule": "stochastic"}, "prime-harmonic", "weight"),
+        ({"weight_decay": 1.0, "lr": None}, "prime-harmonic", "weight"),
+    ],
+    ids=str,
+)
+def test_what_cannot_start_is_one_line(
+    quick: train.TrainConfig,
+    sources: dict[str, Path],
+    change: dict[str, Any],
+    start: str,
+    word: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And leaves no run behind that a second start would trip over."""
+    config = replace(quick, checkpoint=sources[start], **change)
+    assert command(config) == 1
+    assert word in the_error(capsys.readouterr().err)
+    assert not list(config.output_dir.glob("*.pt"))

@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import manifolds
 import qwen_prime_wrapper as wrapper
-from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of
+from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of, name_grids
 from prime_checkpoint import CheckpointError, load_checkpoint
 from qwen_prime_wrapper import ModelError
+from vote_rules import RULES, Ballot, rule_named
 
 PARAMETERS = {
     "Qwen2.5-Coder-1.5B-Instruct": 1_543_714_304,
@@ -73,15 +74,16 @@ def story_checkpoints(shared_data: Path, tmp_path_factory: pytest.TempPathFactor
     return {name: folder / f"{name}.pt" for name in STORY_MODELS}
 
 
-def ghost_model(kind: str = "qwen2", **changes: object) -> PreTrainedModel:
+def ghost_model(kind: str = "qwen2", manifold: str = manifolds.DEFAULT, **changes: object) -> PreTrainedModel:
     """A ghost model with the weights of a random dense one."""
     hf_config = tiny_config(kind, **changes)
     dense = random_model(hf_config).state_dict()
-    model = wrapper.build_model(hf_config, manifolds.build())
+    table = manifolds.build(manifold)
+    model = wrapper.build_model(hf_config, table)
     tensors = {}
     for name, (shape, _) in wrapper.expected_tensors(model).items():
         if name.endswith(".grid.indices"):
-            grid = GhostGrid(*shape, manifolds.build())
+            grid = GhostGrid(*shape, table)
             grid.import_weights(dense[wrapper.source_name(name)])
             tensors[name], tensors[name.removesuffix("indices") + "scale"] = grid.indices, grid.scale
         elif not name.endswith(".grid.scale"):
@@ -317,16 +319,25 @@ def test_mean_answer_loss_weighs_by_tokens_and_leaves_the_mode() -> None:
     assert not math.isclose(mean, sum(loss.item() / n for loss, n in sums) / 2, rel_tol=1e-6)
 
 
-def test_mean_answer_loss_casts_no_votes() -> None:
-    model = ghost_model()
+@pytest.mark.parametrize("name", RULES)
+def test_mean_answer_loss_casts_no_votes(name: str) -> None:
+    rule = rule_named(name)
+    model = ghost_model(manifold="compact" if rule.vote_bits else manifolds.DEFAULT)
+    name_grids(model, ballot := Ballot(rule=rule))
     grid = model.get_input_embeddings().grid
     grid.unlock()
-    grid.ballot.open("measure", 0, 0, 1)
+    assert grid.uses == 2
     ids = random_ids(1, 12)
-    wrapper.mean_answer_loss(model, [Batch(ids, ids, torch.arange(12)[None])])
-    assert not any(t.any() for t in grid.vote_state().values())
-    wrapper.answer_loss(model, ids, ids)[0].backward()
-    assert any(t.any() for t in grid.vote_state().values())
+    for mode in ("measure", "cast"):
+        ballot.open(mode, 0, 0, 1)
+        before = {n: t.clone() for n, t in {"words": grid.indices, **grid.vote_state()}.items()}
+        wrapper.mean_answer_loss(model, [Batch(ids, ids, torch.arange(12)[None])])
+        state = {"words": grid.indices, **grid.vote_state()}
+        assert all(torch.equal(before[n], t) for n, t in state.items()), mode
+        wrapper.answer_loss(model, ids, ids)[0].backward()
+        assert not all(torch.equal(before[n], t) for n, t in state.items()), mode
+        grid.finish_measuring()
+    assert grid.votes.any()
 
 
 def test_mean_answer_loss_of_nothing_is_an_error() -> None:
@@ -451,6 +462,44 @@ def test_model_tensors_are_the_checkpoints(imported: tuple[Path, Path]) -> None:
     found = wrapper.model_tensors(wrapper.model_from_checkpoint(checkpoint))
     assert set(found) == set(checkpoint["model"])
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in checkpoint["model"].items())
+
+
+@pytest.mark.parametrize("name", manifolds.NAMES)
+def test_the_record_of_a_manifold_gives_it_back(name: str) -> None:
+    """By its name, or from its own table where the name is another suite's."""
+    table = manifolds.build(name)
+    record = wrapper.manifold_record(table)
+    assert wrapper.manifold_of({"manifold": record}) is table
+    stranger = wrapper.manifold_of({"manifold": {**record, "name": "homemade"}})
+    assert (stranger.sha256, stranger.vote_bits) == (table.sha256, table.vote_bits)
+    assert torch.equal(stranger.fixed, table.fixed) and torch.equal(stranger.thresholds, table.thresholds)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 5, 6, 7, 1 << 40])
+@pytest.mark.parametrize("name", manifolds.NAMES)
+def test_a_manifold_with_other_vote_bits_is_refused(name: str, bits: int) -> None:
+    """Words read with the wrong bits would be other weights."""
+    table = manifolds.build(name)
+    if bits != table.vote_bits:
+        with pytest.raises(CheckpointError, match="manifold is unusable"):
+            wrapper.manifold_of({"manifold": {**wrapper.manifold_record(table), "vote_bits": bits}})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_votes_inside_the_words_are_no_part_of_the_model(tied: bool) -> None:
+    """Whatever votes the words of a compact model hold, its logits are those of the dequantized one, to the bit."""
+    model = ghost_model(manifold="compact", tie_word_embeddings=tied)
+    twin = dense_twin(model)
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        logits = model(ids).logits
+        wanted = twin(ids).logits
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+        generator = torch.Generator().manual_seed(2)
+        for grid in grids_of(model).values():
+            grid.indices += torch.randint(-31, 32, grid.shape, generator=generator).to(torch.int16)
+            assert bool(grid.tables().votes(grid.indices).any()) and grid.tables().unused(grid.indices) == 0
+        assert torch.equal(model(ids).logits, logits)
 
 
 @pytest.mark.parametrize("what", ["missing", "extra", "shape"])

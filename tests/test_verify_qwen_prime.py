@@ -31,6 +31,7 @@ from prime_checkpoint import (
 )
 from qwen_prime_wrapper import ModelError, model_from_checkpoint
 from verify_qwen_prime import VerifyConfig
+from vote_rules import RULES, Ballot, CompactRule, MomentumRule, VoteRule, rule_named
 
 Outcome = tuple[int, dict[str, Any]]
 Checkpoint = dict[str, Any]
@@ -81,6 +82,13 @@ def tied(folder: Path, source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def compact(folder: Path, source: Path) -> Path:
+    """The source of ``tied`` on the manifold whose words hold votes."""
+    import_source(source, folder / "compact.pt", manifold="compact")
+    return folder / "compact.pt"
+
+
+@pytest.fixture(scope="module")
 def untied(folder: Path) -> Path:
     """A Qwen3 with a head of its own."""
     write_source(folder / "untied", tiny_config("qwen3", tie_word_embeddings=False))
@@ -88,23 +96,31 @@ def untied(folder: Path) -> Path:
     return folder / "untied.pt"
 
 
-def vote_state(grid: GhostGrid) -> dict[str, torch.Tensor]:
+def vote_state(grid: GhostGrid, rule: VoteRule) -> dict[str, torch.Tensor]:
     """What a trained checkpoint stores of a grid that was just unlocked."""
+    grid.ballot = Ballot(rule=rule)
     grid.unlock()
     return {name: tensor.clone() for name, tensor in grid.vote_state().items()}
 
 
-def make_trained(checkpoint: Checkpoint) -> None:
-    """Turn an imported checkpoint into one of stage train with two open grids."""
+def make_trained(checkpoint: Checkpoint, rule: VoteRule | None = None) -> None:
+    """Turn an imported checkpoint into one of stage train with two open grids, with votes where words hold them."""
+    inside = checkpoint["manifold"]["vote_bits"] > 0
+    rule = rule or (CompactRule() if inside else MomentumRule())
     grids = grids_of(model_from_checkpoint(checkpoint))
     checkpoint.update(stage="train", probes={}, train_state={"step": 3})
-    checkpoint["votes"] = {f"{name}.grid": vote_state(grids[f"{name}.grid"]) for name in (UP, Q)}
+    checkpoint["votes"] = {f"{name}.grid": vote_state(grids[f"{name}.grid"], rule) for name in (UP, Q)}
+    if inside:
+        generator = torch.Generator().manual_seed(0)
+        for name in (UP, Q):
+            words = checkpoint["model"][f"{name}.grid.indices"]
+            words += torch.randint(-31, 32, words.shape, generator=generator).to(torch.int16)
 
 
 # -- good ones --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["tied", "untied"])
+@pytest.mark.parametrize("which", ["tied", "untied", "compact"])
 def test_a_good_checkpoint_passes_and_the_json_has_its_structure(
     which: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -149,8 +165,11 @@ def test_other_manifold_and_architecture_pass(source: Path, tmp_path: Path) -> N
     assert failed(verify(tmp_path / "llama.pt", tmp_path)) == set()
 
 
-def test_a_trained_checkpoint_with_votes_passes(tied: Path, tmp_path: Path) -> None:
-    outcome = verify(plant(tied, tmp_path / "x.pt", make_trained), tmp_path)
+@pytest.mark.parametrize("name", RULES)
+def test_a_trained_checkpoint_with_votes_passes(name: str, tied: Path, compact: Path, tmp_path: Path) -> None:
+    rule = rule_named(name)
+    path = plant(compact if rule.vote_bits else tied, tmp_path / "x.pt", lambda c: make_trained(c, rule))
+    outcome = verify(path, tmp_path)
     assert failed(outcome) == set()
     assert "votes.sound" in {c["name"] for c in outcome[1]["checks"]}
 
@@ -178,6 +197,35 @@ def test_trained_models_pass_against_their_source_on_their_own_text(
     }
     assert 0 < value_of(outcome, "reference.kl") < 1e-7
     assert value_of(outcome, "reference.snr_db") > 80
+
+
+@pytest.mark.parametrize("name", ["stories260K-qwen2", "atto-qwen2-bias"])
+def test_trained_models_on_the_compact_manifold_pass_by_its_own_limits(
+    shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    """Ten bits of index cost what they cost; half of them are too few even for these limits."""
+    source = shared_data / "models" / name
+    import_source(source, tmp_path / "x.pt", manifold="compact")
+    text = tmp_path / "stories.txt"
+    text.write_text("\n".join(stories(shared_data)[1]), encoding="utf-8")
+    outcome = verify(tmp_path / "x.pt", tmp_path, reference=str(source), text=text)
+    assert failed(outcome) == set()
+    limits = {c["name"]: c["limit"] for c in outcome[1]["checks"]}
+    names = ("reference.snr_db", "reference.kl", "reference.loss", "reference.top1")
+    assert [limits[n] for n in names] == [50.0, 1e-4, 1e-3, 0.99]
+    assert value_of(outcome, "reference.kl") > 1e-7 and 50 < value_of(outcome, "reference.snr_db") < 75
+
+    def coarser(checkpoint: Checkpoint) -> None:
+        """Every fourth level only, with the probes of what is left."""
+        table = manifolds.build("compact")
+        for key, words in checkpoint["model"].items():
+            if key.endswith(".grid.indices"):
+                words.copy_(((table.levels(words) + 1).clamp(-508, 508) >> 2) << 8)
+        for key, grid in grids_of(model_from_checkpoint(checkpoint)).items():
+            checkpoint["probes"][f"{key.removesuffix('.grid')}.weight"] = probe(grid.dequantize())
+
+    found = failed(verify(plant(tmp_path / "x.pt", tmp_path / "y.pt", coarser), tmp_path, reference=str(source)))
+    assert {"reference.snr_db", "reference.kl"} <= found and "probes.match" not in found
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -282,7 +330,7 @@ def swap(tensor: torch.Tensor, first: int, second: int) -> None:
 
 def set_manifold(checkpoint: Checkpoint, values: torch.Tensor, name: str | None = None) -> None:
     name = name or checkpoint["manifold"]["name"]
-    checkpoint["manifold"] = {"name": name, "sha256": manifolds.fingerprint(values), "values": values}
+    checkpoint["manifold"] |= {"name": name, "sha256": manifolds.fingerprint(values), "values": values}
 
 
 def not_monotone(checkpoint: Checkpoint) -> None:
@@ -321,6 +369,13 @@ def unknown_manifold(checkpoint: Checkpoint) -> None:
 
 def indices_of_another_manifold(checkpoint: Checkpoint) -> None:
     set_manifold(checkpoint, manifolds.build("linear").values.clone(), "linear")
+
+
+def vote_bits(value: int) -> Callable[[Checkpoint], None]:
+    def change(checkpoint: Checkpoint) -> None:
+        checkpoint["manifold"]["vote_bits"] = value
+
+    return change
 
 
 def scale(value: float) -> Callable[[Checkpoint], None]:
@@ -453,9 +508,43 @@ def unwritten_index(checkpoint: Checkpoint) -> None:
     checkpoint["model"][f"{UP}.grid.indices"][1, 2] = -32768
 
 
+def one_word(word: int) -> Callable[[Checkpoint], None]:
+    def change(checkpoint: Checkpoint) -> None:
+        checkpoint["model"][f"{UP}.grid.indices"][1, 2] = word
+
+    return change
+
+
+def one_vote(vote: int) -> Callable[[Checkpoint], None]:
+    def change(checkpoint: Checkpoint) -> None:
+        checkpoint["model"][f"{Q}.grid.indices"][3, 4] += vote
+
+    return change
+
+
+def table_entry(at: int, other: int) -> Callable[[Checkpoint], None]:
+    """One entry of the manifold takes the value of another."""
+
+    def change(checkpoint: Checkpoint) -> None:
+        values = checkpoint["manifold"]["values"]
+        values[at] = values[other]
+        set_manifold(checkpoint, values)
+
+    return change
+
+
+def exchanged_levels(checkpoint: Checkpoint) -> None:
+    values = checkpoint["manifold"]["values"]
+    level = 32 + 64 * 700
+    first = values[level : level + 64].clone()
+    values[level : level + 64] = values[level + 64 : level + 128]
+    values[level + 64 : level + 128] = first
+    set_manifold(checkpoint, values)
+
+
 def leftover_votes(checkpoint: Checkpoint) -> None:
     grid = grids_of(model_from_checkpoint(checkpoint))[f"{UP}.grid"]
-    checkpoint["votes"] = {f"{UP}.grid": vote_state(grid)}
+    checkpoint["votes"] = {f"{UP}.grid": vote_state(grid, MomentumRule())}
 
 
 def leftover_train_state(checkpoint: Checkpoint) -> None:
@@ -554,6 +643,7 @@ PLANTS: list[tuple[Callable[[Checkpoint], None], set[str]]] = [
     (other_name_for_the_table, {"manifold.recorded"}),
     (other_fingerprint, {"manifold.recorded"}),
     (unknown_manifold, {"manifold.recorded"}),
+    (vote_bits(6), {"manifold.recorded"}),
     (indices_of_another_manifold, {"probes.match"}),
     (scale(math.nan), {"scales.positive"}),
     (scale(math.inf), {"scales.positive"}),
@@ -620,6 +710,65 @@ def test_a_plant_is_caught_by_its_check(
     assert names <= found, f"expected {sorted(names)} to fail, failed: {sorted(found)}"
 
 
+COMPACT_PLANTS: list[tuple[str, Callable[[Checkpoint], None], set[str]]] = [
+    ("vote", one_vote(1), {"votes.absent"}),
+    ("negative vote", one_vote(-31), {"votes.absent"}),
+    ("vote state", lambda c: leftover(c, CompactRule()), {"votes.absent"}),
+    ("lowest word", one_word(-32_768), {"indices.range"}),
+    ("highest word", one_word(32_767), {"indices.range"}),
+    ("level 512", one_word(512 * 64 - 31), {"indices.range"}),
+    ("level -512", one_word(-512 * 64 + 31), {"indices.range"}),
+    ("vote of -32", one_word(5 * 64 - 32), {"indices.range"}),
+    ("no vote bits", vote_bits(0), {"manifold.recorded"}),
+    ("broken run", table_entry(32 + 64 * 700 + 5, 32 + 64 * 701 + 5), {"manifold.recorded"}),
+    ("exchanged levels", exchanged_levels, {"manifold.monotone", "manifold.recorded"}),
+    ("NaN", manifold_with_nan, {"manifold.recorded"}),
+    ("other name", other_name_for_the_table, {"manifold.recorded"}),
+    ("other table", other_table_under_the_name, {"manifold.recorded"}),
+    ("double scale", double_scale, {"probes.match"}),
+    ("rows", rows_with_their_scales, {"probes.match"}),
+    ("columns", columns, {"probes.match"}),
+    ("two columns", two_columns(0, 1), {"probes.match"}),
+    ("transposed", transposed, {"probes.match"}),
+    ("flipped sign", flipped_sign, {"probes.match"}),
+    ("one value", one_value(64 * 100), {"indices.distribution"}),
+]
+
+
+def leftover(checkpoint: Checkpoint, rule: VoteRule) -> None:
+    grid = grids_of(model_from_checkpoint(checkpoint))[f"{UP}.grid"]
+    checkpoint["votes"] = {f"{UP}.grid": vote_state(grid, rule)}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"), [plant[1:] for plant in COMPACT_PLANTS], ids=[plant[0] for plant in COMPACT_PLANTS]
+)
+def test_a_plant_in_words_with_votes_is_caught_by_its_check(
+    compact: Path, tmp_path: Path, change: Callable[[Checkpoint], None], names: set[str]
+) -> None:
+    found = failed(verify(plant(compact, tmp_path / "x.pt", change), tmp_path))
+    assert names <= found, f"expected {sorted(names)} to fail, failed: {sorted(found)}"
+
+
+@pytest.mark.parametrize("bits", [-1, 1, 5, 7, 16, 64, 1 << 40])
+@pytest.mark.parametrize("which", ["tied", "compact"])
+def test_vote_bits_that_no_manifold_has(which: str, bits: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A failed check, not a traceback and not a number of that many bits."""
+    checkpoint = clone_tree(load_checkpoint(request.getfixturevalue(which)))
+    checkpoint["manifold"]["vote_bits"] = bits
+    torch.save(checkpoint, tmp_path / "x.pt")
+    _seal(tmp_path / "x.pt")
+    assert failed(verify(tmp_path / "x.pt", tmp_path)) & {"manifold.recorded", "file.contract"}
+
+
+@pytest.mark.parametrize(("change", "count"), [(one_word(-32_768), 1), (one_word(5 * 64 - 32), 1)])
+def test_unused_words_are_counted_once(
+    compact: Path, tmp_path: Path, change: Callable[[Checkpoint], None], count: int
+) -> None:
+    outcome = verify(plant(compact, tmp_path / "x.pt", change), tmp_path)
+    assert value_of(outcome, "indices.range") == count
+
+
 @pytest.mark.parametrize("change", [norm_that_overflows, nan_probe])
 def test_the_json_is_json_where_a_value_is_not_finite(
     tied: Path, tmp_path: Path, change: Callable[[Checkpoint], None]
@@ -662,15 +811,29 @@ def test_a_lost_norm_of_qwen3(untied: Path, tmp_path: Path, name: str) -> None:
     assert "probes.match" in failed(verify(plant(untied, tmp_path / "x.pt", change), tmp_path))
 
 
-def damage_statistics(checkpoint: Checkpoint, value: float) -> None:
-    make_trained(checkpoint)
-    checkpoint["votes"][f"{UP}.grid"]["r2"][3] = value
+STATISTICS = [("momentum", "r2"), ("momentum", "g2"), ("supermajority", "r1"), ("compact", "r2"), ("compact", "g2")]
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-def test_unsound_row_statistics_in_a_trained_checkpoint(tied: Path, tmp_path: Path, value: float) -> None:
-    path = plant(tied, tmp_path / "x.pt", lambda c: damage_statistics(c, value))
+@pytest.mark.parametrize(("rule", "part"), STATISTICS)
+def test_unsound_row_statistics_in_a_trained_checkpoint(
+    tied: Path, compact: Path, tmp_path: Path, rule: str, part: str, value: float
+) -> None:
+    def change(checkpoint: Checkpoint) -> None:
+        make_trained(checkpoint, rule_named(rule))
+        checkpoint["votes"][f"{UP}.grid"][part][3] = value
+
+    path = plant(compact if rule == "compact" else tied, tmp_path / "x.pt", change)
     assert "votes.sound" in failed(verify(path, tmp_path))
+
+
+@pytest.mark.parametrize("word", [-32_768, 32_767, 5 * 64 - 32])
+def test_words_out_of_range_in_a_trained_compact_checkpoint(compact: Path, tmp_path: Path, word: int) -> None:
+    def change(checkpoint: Checkpoint) -> None:
+        make_trained(checkpoint)
+        one_word(word)(checkpoint)
+
+    assert failed(verify(plant(compact, tmp_path / "x.pt", change), tmp_path)) == {"indices.range"}
 
 
 @pytest.mark.parametrize(
