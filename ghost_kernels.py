@@ -77,6 +77,7 @@ class VoteUnits:
 
     Attributes:
         unit: votes in one row RMS of the accumulated, averaged gradient.
+        slots: uses of the grid in one step.
         limit: largest magnitude of a single expected vote, as a multiple of 2^-16.
         wide: largest magnitude that enters the row statistics, as a multiple of 2^-16. Were they taken of clipped
             votes, a row that is clipped would look quieter, be clipped more, and drift away.
@@ -86,6 +87,7 @@ class VoteUnits:
     """
 
     unit: int
+    slots: int
     limit: int
     wide: int
     spacing: int
@@ -107,11 +109,12 @@ class VoteUnits:
         half = 1 << bits - 1
         budget = half * 3 // 4
         spacing = 65536 // slots
-        limit = budget * spacing
+        # Both stay well inside 32-bit integers.
+        limit = min(budget * spacing, 1 << 30)
         wide = min(limit << 6, 1 << 30)
         # (wide >> shift)^2 over a step's slots and a row's columns stays below 2^62.
         shift = max(0, math.ceil((math.log2(wide * wide * slots * COLUMNS_MAX) - 62) / 2))
-        return VoteUnits(UNITS[bits], limit, wide, spacing, half - 1 - budget, shift)
+        return VoteUnits(UNITS[bits], slots, limit, wide, spacing, half - 1 - budget, shift)
 
 
 @dataclass(frozen=True)
@@ -393,7 +396,8 @@ def _flip_rows(
                 clipped += wanted != new
                 if new != old:
                     flips += 1
-                    before = fixed[abs(old)] if old >= 0 else -fixed[abs(old)]
+                    size = fixed[min(abs(old), top)]
+                    before = size if old >= 0 else -size
                     after = fixed[abs(new)] if new >= 0 else -fixed[abs(new)]
                     travel += abs(after - before)
                     indices[i, j] = new
@@ -822,8 +826,8 @@ def cast_votes(
     """
     statistics = {"row_squares": row_squares, "row_sketch": row_sketch}
     name = _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend)
-    if not 0 <= slot * units.spacing < 65536:
-        raise KernelError(f"slot is {slot}, expected 0 to {65536 // units.spacing - 1}")
+    if not 0 <= slot < units.slots:
+        raise KernelError(f"slot is {slot}, expected 0 to {units.slots - 1}")
     offset = slot * units.spacing
     if name == "numba":
         arrays = (gradient.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy())
@@ -856,8 +860,9 @@ def cast_whispers(
         votes: int8 or int16 ``(out, in)``, mutated.
         row_sizes: int64 ``(out,)``, mutated: sums of magnitudes with ``WHISPER_BITS`` fractional bits.
         row_squares: int64 ``(out,)``, mutated: sums of their squares.
-        gate: a multiple of ``2**-WHISPER_BITS``.
+        gate: a multiple of ``2**-WHISPER_BITS``; below 0 counts as 0, since nothing has no sign to vote against.
     """
+    gate = max(gate, 0)
     statistics = {"row_sizes": row_sizes, "row_squares": row_squares}
     if _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend) == "numba":
         arrays = (votes.numpy(), row_sizes.numpy(), row_squares.numpy(), np.int32(sign))

@@ -193,6 +193,13 @@ def train(
         run.event("evaluation", step=0, val_loss=mean_answer_loss(trainer.model, rows)[0])
     stop = _StopFlag()
     path: Path | None = None
+    started_at = saved_at = trainer.done
+
+    def keep() -> None:
+        nonlocal path, saved_at
+        path, saved_at = save(trainer, base, config, name), trainer.done
+        run.event("save", step=saved_at, path=path)
+
     bar = tqdm(total=config.steps, initial=trainer.done, desc="train", unit="step", disable=None)
     try:
         while trainer.done < config.steps and stop.signal is None:
@@ -232,13 +239,18 @@ def train(
             shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{result.tokens / seconds:.0f}", "flips": f"{flips:,}"}
             bar.set_postfix(shown | ({"held-out": f"{val_loss:.4f}"} if val_loss is not None else {}))
             if last or done % config.save_every == 0:
-                path = save(trainer, base, config, name)
-                run.event("save", step=done, path=path)
+                keep()
+        if started_at < trainer.done != saved_at:
+            # The signal came after its step had been found not to be the last.
+            keep()
     finally:
         bar.close()
         stop.restore()
     if stop.signal is not None:
         run.event("signal", step=trainer.done, signal=stop.signal)
+        if path is None:
+            log.info("%s: nothing to save, step %d was not left", stop.signal, trainer.done)
+            return config.checkpoint
         log.info("%s: saved %s after step %d; continue with --resume", stop.signal, path, trainer.done)
     if path is None:
         raise TrainError(f"nothing to do: the checkpoint is at step {trainer.done} of {config.steps}; raise --steps")

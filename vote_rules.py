@@ -37,7 +37,7 @@ bits of votes.
     votes     = SR(decay · votes) elsewhere
 
 Mean and deviation are the tensor's, from earlier steps: a slice of the head cannot know those of the whole, and a quiet
-micro-batch should have less to say. stride = lr · 32767 / scale[row] indices, so that on the linear manifold a flip
+micro-batch should have less to say. stride = lr · 32768 / scale[row] indices, so that on the linear manifold a flip
 moves a weight by lr; the plans' stride of one index is a learning rate of about 1e-5.
 
 ``stochastic`` (4 bytes; the plans' second form): as ``supermajority``, but any vote may break through: an integer noise
@@ -52,6 +52,7 @@ measured on that step's first micro-batch with votes off. No random bit depends 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
@@ -140,7 +141,8 @@ class VoteRule:
     def __post_init__(self) -> None:
         if self.buffer not in BUFFER_BITS:
             raise RuleError(f"buffer is {self.buffer!r}, expected one of {', '.join(BUFFER_BITS)}")
-        self._expect("beta2", 0.0, 1.0)
+        # At 0 one step without a gradient would forget how large they were, and the grid would never vote again.
+        self._expect("beta2", 0.1, 1.0)
 
     def _expect(self, name: str, low: float, below: float) -> None:
         if not low <= getattr(self, name) < below:
@@ -256,7 +258,7 @@ class MomentumRule(VoteRule):
             rms = torch.maximum(corrected.sqrt(), self.floor * tensor_rms)
             # Without a floor, a row that has seen nothing yet is measured by its tensor: else it could never begin.
             rms = torch.where(rms > 0, rms, tensor_rms)
-            gain = (rms / tensor_rms).nan_to_num(1.0).clamp(max=GAIN_MAX) ** self.tilt
+            gain = ((rms / tensor_rms).nan_to_num(1.0) ** self.tilt).clamp(max=GAIN_MAX)
             value = (1.0 - self.beta) * self.units(grid).unit / count / (rms * self.agreement(state, count) ** 0.5)
             # A factor 2^16 is still to come in the kernel.
             value = torch.where(rms > 0, value, 0.0).clamp(max=torch.finfo(torch.float32).max / 2**17)
@@ -358,6 +360,8 @@ class SupermajorityRule(VoteRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect("decay", 0.0, 1.0)
+        if not math.isfinite(self.sensitivity):
+            raise RuleError(f"sensitivity is {self.sensitivity}, expected a finite number")
         if self.threshold < 1 or self.jitter < 0:
             raise RuleError(f"threshold is {self.threshold} and jitter {self.jitter}, expected at least 1 and 0")
         if not 0 <= self.chance <= 1:

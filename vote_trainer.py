@@ -120,7 +120,11 @@ class VoteTrainer:
 
     def __init__(self, model: PreTrainedModel, batches: PackedBatches, recipe: Recipe) -> None:
         if recipe.lr is None:
-            recipe = replace(recipe, lr=default_rate(model.config.hidden_size))
+            try:
+                recipe = replace(recipe, lr=default_rate(model.config.hidden_size))
+            except ValueError as error:
+                # What a recipe cannot know before it meets a model: its weight decay at the model's learning rate.
+                raise TrainError(str(error)) from error
         self.model = model
         self.batches = batches
         self.recipe = recipe

@@ -347,7 +347,6 @@ def test_resuming_as_another_run_is_one_line(
         ({"grad_accum": 10_000}, "prime-harmonic", "10000"),
         ({"grad_accum": 10_000, "vote_rule": "compact"}, "compact", "10000"),
         ({"grad_accum": 10_000, "vote_rule": "supermajority"}, "prime-harmonic", "10000"),
-        ({"weight_decay": 0.1, "vote_rule": "stochastic"}, "prime-harmonic", "weight"),
         ({"weight_decay": 1.0, "lr": None}, "prime-harmonic", "weight"),
     ],
     ids=str,

@@ -35,7 +35,7 @@ MOMENTUM = {
     "int16": MomentumRule(buffer="int16", beta=0.9, floor=0.1, tilt=0.0),
     "compact": CompactRule(tilt=0.5),
 }
-UNIT = {"int8": 16, "int16": 4096, "compact": 4}
+UNIT = {"int8": 16, "int16": 512, "compact": 4}
 EVERY = {**MOMENTUM, "supermajority": SupermajorityRule(), "stochastic": StochasticRule(buffer="int8")}
 
 every_rule = pytest.mark.parametrize("rule", EVERY.values(), ids=list(EVERY))
@@ -184,7 +184,7 @@ def test_momentum_follows_its_equation(name: str, micro_batches: int, uses: int,
         assert_mean(grid.votes.double().numpy(), votes, 1.0)
         assert_mean(value_of(grid), value, grain)
         r2 = rule.beta2 * r2 + (1 - rule.beta2) * (gradients**2).mean((0, 3)).sum(0)
-        np.testing.assert_allclose(state["r2"].double().numpy(), r2, rtol=2e-3)
+        np.testing.assert_allclose(state["r2"].double().numpy(), r2, rtol=1e-2)
         assert not state["row_squares"].any() and not state["row_sketch"].any()
     assert grid.state.observations == 5
     # A model that is itself at rest would prove nothing.
@@ -653,7 +653,7 @@ def test_the_loudest_step_at_the_most_micro_batches_does_not_wrap(rule: VoteRule
     grid = new_grid(rule, (2, 30))
     measure(grid, np.full((2, 30), 1e-6), most)
     bits = 6 if rule.vote_bits else {"int8": 8, "int16": 16}[rule.buffer]
-    carry = (1 << bits - 2) - 1
+    carry = rule.carry if isinstance(rule, SupermajorityRule) else (1 << bits - 3) - 1
     sign = torch.tensor([[1], [-1]])
     if grid.state.votes is None:
         grid.indices += (sign * carry).to(torch.int16)
@@ -663,7 +663,7 @@ def test_the_loudest_step_at_the_most_micro_batches_does_not_wrap(rule: VoteRule
     for k in range(most):
         cast(grid, 0, np.broadcast_to(loud, (most, 2, 30)), order=[k])
         assert bool((grid.votes.int() * sign >= carry).all())
-    assert int((grid.votes.int() * sign).max()) <= 2 * carry + 1
+    assert int((grid.votes.int() * sign).max()) <= (1 << bits - 1) - 1
     assert grid.manifold.unused(grid.indices) == 0
 
 
@@ -737,7 +737,7 @@ def test_rule_named() -> None:
     ("name", "change", "words"),
     [
         *((name, {"buffer": "int32"}, "buffer is 'int32', expected one of int8, int16") for name in vote_rules.RULES),
-        *((name, {"beta2": 1.0}, "beta2 is 1.0, expected 0.0 to below 1.0") for name in vote_rules.RULES),
+        *((name, {"beta2": 1.0}, "beta2 is 1.0, expected 0.1 to below 1.0") for name in vote_rules.RULES),
         *((name, {"beta2": math.nan}, "beta2 is nan") for name in vote_rules.RULES),
         ("momentum", {"beta": 1.0}, "beta is 1.0"),
         ("momentum", {"beta": -0.1}, "beta is -0.1"),

@@ -259,9 +259,11 @@ def test_a_first_micro_batch_that_is_not_finite_measures_nothing(bench: Bench) -
 
 
 @pytest.mark.parametrize(
-    ("name", "buffer"), [("momentum", "int16"), ("momentum", "int8"), ("compact", None)], ids=["16", "8", "6"]
+    ("width", "name", "buffer"), [("16", "momentum", "int16"), ("8", "momentum", "int8"), ("6", "compact", None)]
 )
-def test_32_micro_batches_of_a_sequence_move_as_one_of_32(bench: Bench, name: str, buffer: str | None) -> None:
+def test_32_micro_batches_of_a_sequence_move_as_one_of_32(
+    bench: Bench, width: str, name: str, buffer: str | None
+) -> None:
     """The same learning rate moves the weights about as far, in the same direction, however a batch is split.
 
     Twelve steps with the rate at 0 let the row statistics settle; then one step with the same gradients counts.
@@ -281,9 +283,9 @@ def test_32_micro_batches_of_a_sequence_move_as_one_of_32(bench: Bench, name: st
     for n in one:
         size = many[n].norm() / one[n].norm()
         cosine = (many[n] * one[n]).sum() / many[n].norm() / one[n].norm()
-        # What six bits round away is part of the rule.
-        alike = 0.7 if name == "compact" else 0.85
-        assert 0.75 < size < 1.33 and cosine > alike, f"{n}: size {size:.3f}, cosine {cosine:.3f}"
+        # With few bits, the votes of a row that only one micro-batch in many sees are clipped: part of the rule.
+        low, alike = {"16": (0.85, 0.98), "8": (0.65, 0.85), "6": (0.65, 0.7)}[width]
+        assert low < size < 1.33 and cosine > alike, f"{n}: size {size:.3f}, cosine {cosine:.3f}"
     total = [torch.cat([m.flatten() for m in move.values()]) for move in moves]
     assert 0.85 < float(total[0].norm() / total[1].norm()) < 1.18
     assert float(torch.nn.functional.cosine_similarity(*total, dim=0)) > alike
@@ -332,7 +334,7 @@ def test_weight_decay_shrinks_weights_by_lr_times_wd_a_step(bench: Bench, name: 
 
 @pytest.mark.parametrize("name", ["supermajority", "stochastic"])
 def test_weight_decay_of_a_rule_that_has_none_is_one_line(bench: Bench, name: str) -> None:
-    with pytest.raises((RuleError, TrainError), match="weight decay") as error:
+    with pytest.raises(ValueError, match="no weight decay") as error:
         bench.trainer(vote_rule=name, weight_decay=0.1).step()
     assert "\n" not in str(error.value)
 
