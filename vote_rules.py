@@ -119,7 +119,7 @@ def _keys(grid: Grid, salt: int) -> tuple[int, int]:
 
 
 _CAST, _DRAW, _FADE = 0, 1, 2
-GAIN_MAX = 64.0
+GAIN_MAX = 4.0
 """Most by which a row may move farther than its tensor's average."""
 
 
