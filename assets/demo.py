@@ -52,7 +52,7 @@ def main() -> int:
     run(f"verify_qwen_prime.py {imported} --reference {MODEL}")
     run(
         f"qwen_prime_train.py --checkpoint {imported} --data {DATA} --output-dir {FOLDER / 'run'} --steps {STEPS} "
-        "--batch-size 2 --grad-accum 4 --lr 2e-3 --warmup 5 --eval-every 12 --no-gradient-checkpointing"
+        "--batch-size 2 --grad-accum 4 --warmup 5 --eval-every 12 --no-gradient-checkpointing"
     )
     run(f"verify_qwen_prime.py {trained}")
     before, after_import, after = (

@@ -72,10 +72,11 @@ def draw_quality(results: Path, path: Path) -> None:
         axis.axis("off")
     for axis, task in zip(axes.flat, tasks, strict=False):
         for method, (label, colour, style) in METHODS.items():
-            curve = prime_quality.curve_of([x for x in lines if (x["task"], x["method"]) == (task, method)])
+            # Without the start, which all share: a line from there to the lowest rate would be no measurement.
+            curve = prime_quality.curve_of([x for x in lines if (x["task"], x["method"]) == (task, method)])[1:]
             if curve:
                 axis.plot(*zip(*curve, strict=True), style, color=colour, label=label, markersize=4.5, linewidth=1.4)
-        axis.set(title=TITLES[task], xlabel="held-out loss of the new domain, nats per token (better: left)")
+        axis.set(title=TITLES[task], xlabel="held-out loss of the new domain, nats per token (better: to the right)")
         axis.set_ylabel("rise of the old domain's loss (better: low)")
         axis.invert_xaxis()
         axis.grid(alpha=0.25)
