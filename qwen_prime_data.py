@@ -33,7 +33,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -565,6 +565,49 @@ def encode_records(
     )
 
 
+def shorten(encoded: EncodedSet, seq_len: int) -> tuple[EncodedSet, np.ndarray]:
+    """The same documents in at most ``seq_len`` tokens, by the rules of ``encode_records``: longer texts (every token
+    but the first a target) are spread over several documents, longer conversations cut, or dropped where the cut leaves
+    no target.
+
+    Returns:
+        The documents, and for each of them the index of the one it comes from, int64, not falling.
+
+    Raises ``DataError`` when none is left.
+    """
+    if seq_len < 2:
+        raise DataError(f"seq_len is {seq_len}, expected at least 2: a target needs a token before it (--seq-len)")
+    spans: list[tuple[int, int]] = []
+    origin: list[int] = []
+    dropped = 0
+    for index, (start, stop) in enumerate(zip(encoded.starts[:-1].tolist(), encoded.starts[1:].tolist(), strict=True)):
+        if stop - start <= seq_len:
+            pieces = [(start, stop)]
+        elif encoded.answer[start + 1 : stop].all():
+            pieces = [(first, min(first + seq_len, stop)) for first in range(start, stop - 1, seq_len - 1)]
+        else:
+            pieces = [(start, start + seq_len)] if encoded.answer[start + 1 : start + seq_len].any() else []
+            dropped += not pieces
+        spans += pieces
+        origin += [index] * len(pieces)
+    if not spans:
+        raise DataError(f"none of {len(encoded)} documents has a target within {seq_len} tokens; give a larger --seq-len")
+    answer = np.concatenate([encoded.answer[a:b] for a, b in spans])
+    starts = np.cumsum([0, *(b - a for a, b in spans)], dtype=np.int64)
+    answer[starts[:-1]] = False
+    parts = np.array(origin, dtype=np.int64)
+    shorter = replace(
+        encoded,
+        input_ids=np.concatenate([encoded.input_ids[a:b] for a, b in spans]),
+        answer=answer,
+        starts=starts,
+        record=encoded.record[parts],
+        seq_len=seq_len,
+        dropped=encoded.dropped + dropped,
+    )
+    return shorter, parts
+
+
 def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
     """A few lines for the log: format, records, tokens, answer tokens, cut, dropped, bad rows."""
     files = record_set.files[0] if len(record_set.files) == 1 else f"{len(record_set.files)} files"
@@ -791,7 +834,8 @@ class PackedBatches:
 
     Each epoch deals out every document once, packed by ``pack`` (in file order where ``shuffle`` is False); a batch
     may take its last rows from the next epoch. One object is one cursor: ``state_dict`` taken after a batch names the
-    batch that follows it, and iterating again goes on from there.
+    batch that follows it, and iterating again goes on from there. ``resize`` changes the size of rows and batches from
+    the next batch on: what the epoch has not dealt yet is packed anew in rows of that size.
 
     Raises ``DataError`` for sizes out of range, no documents, or documents longer than ``seq_len``.
     """
@@ -806,6 +850,8 @@ class PackedBatches:
         self.pad_id = pad_id
         self.seed = seed
         self.shuffle = shuffle
+        self._whole = encoded, seq_len, batch_size
+        self._earlier: tuple[tuple[int, int], ...] = ()
         self._row = 0
         self._enter(0)
 
@@ -816,7 +862,8 @@ class PackedBatches:
 
     @property
     def rows_in_epoch(self) -> int:
-        """Rows of the current epoch; a shuffled epoch may differ from the next by a few."""
+        """Rows of the current epoch since the last change of their size; a shuffled epoch may differ from the next by a
+        few."""
         return len(self._rows)
 
     @property
@@ -826,13 +873,11 @@ class PackedBatches:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that fixes the order of batches except the seed: ids, masks, borders, sizes, shuffle."""
-        digest = hashlib.sha256(f"packing 1, {self.seq_len}, {self.batch_size}, {self.shuffle}\0".encode())
-        for array, dtype in (
-            (self.encoded.input_ids, "<i4"),
-            (self.encoded.answer, "u1"),
-            (self.encoded.starts, "<i8"),
-        ):
+        """SHA-256 over all that fixes the order of batches except the seed: ids, masks, borders, shuffle, and the sizes
+        before any ``resize``."""
+        encoded, seq_len, batch_size = self._whole
+        digest = hashlib.sha256(f"packing 1, {seq_len}, {batch_size}, {self.shuffle}\0".encode())
+        for array, dtype in ((encoded.input_ids, "<i4"), (encoded.answer, "u1"), (encoded.starts, "<i8")):
             digest.update(np.ascontiguousarray(array, dtype=dtype).data)
         return digest.hexdigest()
 
@@ -843,15 +888,41 @@ class PackedBatches:
         rows = []
         for _ in range(self.batch_size):
             if self._row == len(self._rows):
-                self._row = 0
+                self._row, self._earlier = 0, ()
                 self._enter(self._epoch + 1)
             rows.append(self._rows[self._row])
             self._row += 1
         return _assemble(self.encoded, rows, self.seq_len, self.pad_id)
 
-    def state_dict(self) -> dict[str, int | str]:
-        """The cursor: ``epoch`` and ``row`` of the next row, ``seed``, ``fingerprint``; plain types."""
-        return {"epoch": self._epoch, "row": self._row, "seed": self.seed, "fingerprint": self.fingerprint}
+    def resize(self, seq_len: int, batch_size: int) -> None:
+        """Batches of ``batch_size`` rows of ``seq_len`` tokens from the next one on; longer documents are cut as by
+        ``shorten``, so that one already cut may be longer again after a later resize.
+
+        Raises ``DataError``, nothing changed, for more tokens than the documents were encoded for.
+        """
+        if not 2 <= seq_len <= self._whole[1] or batch_size < 1:
+            raise DataError(
+                f"rows of {seq_len} tokens in batches of {batch_size}, expected 2 to {self._whole[1]} and at least 1"
+            )
+        self.batch_size = batch_size
+        if seq_len == self.seq_len:
+            return
+        earlier = (*self._earlier, (self.seq_len, self._row))
+        encoded, rows = self._plan(self._epoch, seq_len, earlier)
+        self.encoded, self.seq_len, self._earlier, self._rows, self._row = encoded, seq_len, earlier, rows, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor in plain types: ``epoch`` and ``row`` of the next row, ``seed``, ``fingerprint``; the present
+        ``seq_len`` and ``batch_size``; ``earlier``: row lengths used before in this epoch, each with how many rows."""
+        return {
+            "epoch": self._epoch,
+            "row": self._row,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "earlier": [list(pair) for pair in self._earlier],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at the batch after which ``state`` was taken.
@@ -859,7 +930,9 @@ class PackedBatches:
         Raises ``DataError``, the cursor unmoved, when keys are missing or when the state belongs to other data,
         another seed or a position that does not exist.
         """
-        for key, kind in (("epoch", int), ("row", int), ("seed", int), ("fingerprint", str)):
+        kinds = {"epoch": int, "row": int, "seed": int, "fingerprint": str}
+        kinds |= {"seq_len": int, "batch_size": int, "earlier": list}
+        for key, kind in kinds.items():
             if not isinstance(state.get(key), kind):
                 raise DataError(f"data state: {key!r} is {state.get(key)!r}, expected {kind.__name__}")
         if state["fingerprint"] != self.fingerprint:
@@ -872,21 +945,52 @@ class PackedBatches:
             raise DataError(
                 f"data state: got seed {state['seed']}, this run has --seed {self.seed}; give --resume the same"
             )
-        rows = self._pack(state["epoch"]) if state["epoch"] >= 0 else []
-        if not 0 <= state["row"] <= len(rows) or not rows:
+        seq_len, batch_size = state["seq_len"], state["batch_size"]
+        earlier = tuple((int(tokens), int(rows)) for tokens, rows in state["earlier"])
+        whole = self._whole[1]
+        if not all(2 <= s <= whole for s in (seq_len, *(s for s, _ in earlier))) or batch_size < 1:
+            raise DataError(
+                f"data state: got rows of {seq_len} tokens in batches of {batch_size}, expected 2 to {whole} and at "
+                "least 1; the checkpoint is damaged, resume from an older one"
+            )
+        encoded, rows = self._plan(state["epoch"], seq_len, earlier) if state["epoch"] >= 0 else (self.encoded, [])
+        if not 0 <= state["row"] <= len(rows) or not (rows or earlier):
             raise DataError(
                 f"data state: got row {state['row']} of epoch {state['epoch']}, expected 0 to {len(rows)}; the "
                 "checkpoint is damaged, resume from an older one"
             )
-        self._epoch, self._row, self._rows = state["epoch"], state["row"], rows
+        self._epoch, self._row, self._rows, self._earlier = state["epoch"], state["row"], rows, earlier
+        self.encoded, self.seq_len, self.batch_size = encoded, seq_len, batch_size
 
     def _enter(self, epoch: int) -> None:
-        self._epoch, self._rows = epoch, self._pack(epoch)
+        self._epoch = epoch
+        self.encoded, self._rows = self._plan(epoch, self.seq_len, ())
 
-    def _pack(self, epoch: int) -> list[list[int]]:
-        if self.shuffle:
-            return pack(self.encoded.lengths, self.seq_len, self.seed, epoch)
-        return pack_in_order(self.encoded.lengths, self.seq_len)
+    def _plan(
+        self, epoch: int, seq_len: int, earlier: Sequence[tuple[int, int]]
+    ) -> tuple[EncodedSet, list[list[int]]]:
+        """Documents at that length, and the rows of those that the epoch has not dealt out in ``earlier`` sizes."""
+        whole = self._whole[0]
+        waiting = np.ones(len(whole), dtype=bool)
+        for tokens, count in earlier:
+            _, rows, origin = self._pack(epoch, tokens, waiting)
+            # A text in several pieces counts as dealt out with the first of them.
+            waiting[origin[[i for row in rows[:count] for i in row]]] = False
+        encoded, rows, _ = self._pack(epoch, seq_len, waiting)
+        return encoded, rows
+
+    def _pack(
+        self, epoch: int, seq_len: int, waiting: np.ndarray
+    ) -> tuple[EncodedSet, list[list[int]], np.ndarray]:
+        whole, longest, _ = self._whole
+        if seq_len == longest:
+            encoded, origin = whole, np.arange(len(whole))
+        else:
+            encoded, origin = shorten(whole, seq_len)
+        chosen = np.flatnonzero(waiting[origin])
+        lengths = encoded.lengths[chosen]
+        rows = pack(lengths, seq_len, self.seed, epoch) if self.shuffle else pack_in_order(lengths, seq_len)
+        return encoded, [chosen[row].tolist() for row in rows], origin
 
 
 def evaluation_batches(encoded: EncodedSet, seq_len: int, batch_size: int, pad_id: int) -> Iterator[Batch]:

@@ -690,7 +690,7 @@ def test_resume_goes_on_with_the_exact_next_batch(taken, shuffle):
     for _ in range(taken):
         next(whole)
     state = json.loads(json.dumps(whole.state_dict()))
-    assert set(state) == {"epoch", "row", "seed", "fingerprint"}
+    assert set(state) == {"epoch", "row", "seed", "fingerprint", "seq_len", "batch_size", "earlier"}
     if taken <= 41:
         assert (state["epoch"], state["row"]) == (0, 2 * taken)
     else:
@@ -752,6 +752,72 @@ def test_state_of_other_data_is_refused():
         with pytest.raises(DataError, match=message):
             batches.load_state_dict({**state, **change})
     assert batches.state_dict() == state, "a refused state must not move the cursor"
+
+def test_shorter_documents_follow_the_rules_of_encoding():
+    encoded = fake_set([5, 9, 12, 3], 12)
+    answer = encoded.answer.copy()
+    answer[5:14] = True  # the second is a text: every token but the first is learned
+    answer[[0, 5]] = False
+    answer[14:26] = False
+    answer[24] = True  # the third is a conversation whose answer begins behind the cut
+    answer[1] = True
+    answer[27] = True
+    encoded = dataclasses.replace(encoded, answer=answer)
+    shorter, origin = data.shorten(encoded, 5)
+    assert origin.tolist() == [0, 1, 1, 3], "a text is split, a conversation without a target left is dropped"
+    assert shorter.lengths.tolist() == [5, 5, 5, 3]
+    text = encoded.document(1).input_ids
+    assert [*shorter.document(1).input_ids, *shorter.document(2).input_ids[1:]] == list(text)
+    assert shorter.seq_len == 5
+    assert shorter.dropped == 1
+    assert not shorter.answer[shorter.starts[:-1]].any()
+    with pytest.raises(data.DataError, match="no|none"):
+        data.shorten(dataclasses.replace(encoded, answer=np.zeros(29, dtype=bool)), 2)
+
+
+def test_shorten_equals_encoding_at_that_length(tiny):
+    records = ["one two three four five six seven eight nine ten " * 3, "short"]
+    long = data.encode_records(records, tiny, 400, progress=False)
+    wanted = data.encode_records(records, tiny, 7, progress=False)
+    got, _ = data.shorten(long, 7)
+    for name in ("input_ids", "answer", "starts", "record"):
+        assert np.array_equal(getattr(got, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_resize_deals_out_the_rest_of_the_epoch_and_resumes_exactly(shuffle):
+    def fresh() -> PackedBatches:
+        encoded = fake_set(random_lengths(150, 32), 32)
+        return PackedBatches(encoded, seq_len=32, batch_size=2, pad_id=99, seed=7, shuffle=shuffle)
+
+    whole = fresh()
+    lengths = whole.encoded.lengths
+    dealt = [next(whole) for _ in range(10)]
+    whole.resize(24, 2)
+    dealt += [next(whole) for _ in range(9)]
+    whole.resize(16, 1)
+    state = json.loads(json.dumps(whole.state_dict()))
+    assert state["earlier"] == [[32, 20], [24, 18]]
+    resumed = fresh()
+    next(resumed)
+    resumed.load_state_dict(state)
+    rest = []
+    while whole.epoch == 0:
+        batch = next(whole)
+        assert batch.input_ids.shape == (1, 16)
+        assert same(batch, next(resumed))
+        rest.append(batch)
+    # Every document that fits is seen once in the epoch, whatever the sizes; the last batch begins the next epoch.
+    seen = [ids for b in [*dealt, *rest[:-1]] for ids, _ in documents_of(b, pad_id=99)]
+    short = [tuple(fresh().encoded.document(i).input_ids) for i in range(150) if lengths[i] <= 16]
+    assert sorted(ids for ids in seen if ids in set(short)) == sorted(short)
+    for _ in range(40):
+        assert same(next(whole), next(resumed))
+    with pytest.raises(data.DataError, match="expected 2 to 32"):
+        whole.resize(33, 1)
+    # Back to whole rows: the documents are whole again.
+    whole.resize(32, 2)
+    assert next(whole).input_ids.shape == (2, 32)
 
 
 def test_sizes_out_of_range_are_refused():
