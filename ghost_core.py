@@ -34,11 +34,43 @@ HEADROOM = 1.25
 SLICE_ELEMENTS = 1 << 24
 """Weights dequantized at a time: 64 MiB of float32."""
 
+_LISTEN_ROWS = 16
+"""Rows of a slice that are compared with a fresh gradient."""
+_SAMPLE = 1 << 16
+"""About how many weights an estimate of their mean size looks at."""
 _placed: dict[tuple[str, torch.device], Manifold] = {}
 
 
 class GhostError(RuntimeError):
     """A grid used in a way that its state does not allow."""
+
+
+@dataclass
+class Agreement:
+    """Do the votes that are there point where a fresh gradient points? Sums over a sample of rows."""
+
+    votes: float = 0.0
+    control: float = 0.0
+    gradient_square: float = 0.0
+    votes_square: float = 0.0
+
+    def add(self, gradient: torch.Tensor, votes: torch.Tensor, order: torch.Tensor) -> None:
+        """Add rows of a gradient, float ``(n, in)``, and the votes there, any integers ``(n, in)``.
+
+        Args:
+            order: a permutation of the columns, int64 ``(in,)``; with it, and shifted by a row, the votes are the control.
+        """
+        g, v = gradient.double(), votes.double()
+        self.votes -= float((g * v).sum())
+        self.control -= float((g * v.roll(1, 0)[:, order]).sum())
+        self.gradient_square += float(g.square().sum())
+        self.votes_square += float(v.square().sum())
+
+    @property
+    def cosines(self) -> tuple[float, float] | None:
+        """Cosine of the votes, and of shuffled votes, with the descent direction; None before there are any votes."""
+        size = math.sqrt(self.gradient_square * self.votes_square)
+        return (self.votes / size, self.control / size) if size > 0 else None
 
 
 class GhostGrid(nn.Module):
@@ -48,7 +80,8 @@ class GhostGrid(nn.Module):
         indices: int16 ``(out, in)``: the words; on a manifold with vote bits their low bits are the vote buffer.
         scale: float32 ``(out,)``, positive; never trained.
     While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the grid
-    stands: 2 where head and embedding are tied.
+    stands: 2 where head and embedding are tied. ``heat`` is a factor on this grid's learning rate, 1 unless a governor
+    brakes it. ``agreement`` is what listening has found since it was last reset.
     """
 
     indices: torch.Tensor
@@ -63,6 +96,8 @@ class GhostGrid(nn.Module):
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
         self.state: VoteState | None = None
         self.uses = 1
+        self.heat = 1.0
+        self.agreement = Agreement()
         self._inverse_scale: torch.Tensor | None = None
 
     # -- the weight -------------------------------------------------------------------------------------------------
@@ -115,7 +150,7 @@ class GhostGrid(nn.Module):
         if tuple(weights.shape) != self.shape:
             raise GhostError(f"weights have shape {tuple(weights.shape)}, expected {self.shape}")
         self.scale.copy_(kernels.row_scales(weights, headroom))
-        self._inverse_scale = None
+        self.scale_changed()
         parts = []
         for rows in self.slices():
             dense = weights[rows].to(torch.float32).contiguous()
@@ -176,12 +211,16 @@ class GhostGrid(nn.Module):
         """Whether the running backward pass should compute this grid's weight gradient."""
         if self.state is None or self.ballot.mode == "closed":
             return False
-        return self.waiting == (self.ballot.mode == "measure")
+        return self.ballot.mode == "probe" or self.waiting == (self.ballot.mode == "measure")
 
     def _open_state(self) -> VoteState:
         if self.state is None:
             raise GhostError(f"{self.name or 'the grid'} is locked: it has no votes")
         return self.state
+
+    def scale_changed(self) -> None:
+        """Forget what was computed from the scale."""
+        self._inverse_scale = None
 
     def inverse_scale(self) -> torch.Tensor:
         """``2^20 / scale``, int64 ``(out,)``: what a move in units of the scale needs instead of a division."""
@@ -189,13 +228,14 @@ class GhostGrid(nn.Module):
             self._inverse_scale = kernels.inverse_scales(self.scale)
         return self._inverse_scale
 
-    def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int) -> None:
+    def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int = 0) -> None:
         """Measure or vote with the gradient of some rows.
 
         Args:
             gradient: float ``(n, in)`` of one micro-batch.
             rows: int64 ``(n,)``, each row at most once.
             use: tells two uses of one grid (head and embedding) apart in the random draw.
+            part: tells the slices of one use apart.
         """
         ballot = self.ballot
         self._open_state()
@@ -205,8 +245,45 @@ class GhostGrid(nn.Module):
             ballot.non_finite.append(self.name)
         elif ballot.mode == "measure":
             ballot.rule.measure(self, gradient, rows)
-        else:
-            ballot.rule.cast(self, gradient, rows, use % self.uses, -1 if ballot.mode == "retract" else 1)
+        elif ballot.mode == "cast":
+            if ballot.listening and ballot.micro_batch == 0:
+                self._listen(gradient, rows)
+            self._vote(gradient, rows, use, part, 1)
+        elif ballot.mode == "retract" and (self.name, use, part) in ballot.standing:
+            self._vote(gradient, rows, use, part, -1)
+
+    def _vote(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int, sign: int) -> None:
+        ballot = self.ballot
+        # Where memory runs out in the middle, nobody can say how much of the slice was cast.
+        ballot.torn = True
+        ballot.rule.cast(self, gradient, rows, use % self.uses, sign)
+        ballot.torn = False
+        (ballot.standing.add if sign > 0 else ballot.standing.discard)((self.name, use, part))
+
+    def _listen(self, gradient: torch.Tensor, rows: torch.Tensor) -> None:
+        """Compare the votes of a few evenly spaced rows, left by earlier steps, with a gradient that has not voted."""
+        count, columns = gradient.shape
+        chosen = torch.linspace(0, count - 1, min(count, _LISTEN_ROWS), device=gradient.device).long()
+        picked = rows[chosen]
+        state = self._open_state()
+        votes = self.tables().votes(self.indices[picked]) if state.votes is None else state.votes[picked]
+        # The same permutation everywhere: the golden section spreads neighbours, and no generator has a state.
+        order = (torch.arange(columns, device=gradient.device, dtype=torch.float64) * 0.6180339887498949 % 1).argsort()
+        self.agreement.add(gradient[chosen], votes, order)
+
+    def mean_size(self) -> float:
+        """Mean |weight| in units of the scale, over an evenly spaced sample of rows."""
+        rows, columns = self.shape
+        step = max(1, rows * columns // _SAMPLE)
+        levels = self.tables().levels(self.indices[::step]).long().abs().clamp(max=self.tables().top)
+        # Integers have one sum, whoever adds them up.
+        return int(self.tables().fixed[levels].sum()) / 2.0**40 / levels.numel()
+
+    def forget_measuring(self) -> None:
+        """Drop what an interrupted measuring pass has found."""
+        if self.waiting:
+            for numbers in self._open_state().rows.values():
+                numbers.zero_()
 
     def finish_measuring(self) -> None:
         """Close a measuring pass: a tensor that saw any gradient has its first observation; one that met a non-finite
@@ -215,8 +292,7 @@ class GhostGrid(nn.Module):
         if not self.waiting:
             return
         if self.name in self.ballot.non_finite:
-            for numbers in state.rows.values():
-                numbers.zero_()
+            self.forget_measuring()
         elif bool((state.rows["r2"] > 0).any()):
             state.observations = 1
 
@@ -227,7 +303,7 @@ class GhostGrid(nn.Module):
             (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`.
         """
         self._open_state()
-        return self.ballot.rule.apply(self, rate, shrink)
+        return self.ballot.rule.apply(self, rate * self.heat, shrink)
 
     def update_yardstick(self) -> None:
         """Fold the step's row statistics into the running ones; the next step's votes are measured by them."""
@@ -304,13 +380,13 @@ class _LinearFunction(torch.autograd.Function):
         gradient = gradient.reshape(len(flat), grid.shape[0])
         votes = grid.wants_gradient()
         below = None
-        for rows in grid.slices():
+        for k, rows in enumerate(grid.slices()):
             part = gradient[:, rows]
             if ctx.needs_input_grad[0]:
                 product = part @ grid.dequantize(rows, gradient.dtype)
                 below = product if below is None else below.add_(product)
             if votes:
-                grid.accept(part.T @ flat, _row_range(rows, flat.device), _USE_LINEAR)
+                grid.accept(part.T @ flat, _row_range(rows, flat.device), _USE_LINEAR, k)
         return None if below is None else below.view_as(x), None, None
 
 
@@ -368,7 +444,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
         grid: GhostGrid = ctx.grid
         votes = grid.wants_gradient()
         below = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        for rows in grid.slices():
+        for k, rows in enumerate(grid.slices()):
             weights = grid.dequantize(rows, x.dtype)
             part = ((x @ weights.T).float() - norm[:, None]).exp_()
             here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
@@ -378,7 +454,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
                 below.addmm_(part, weights)
             del weights
             if votes:
-                grid.accept(part.T @ x, _row_range(rows, x.device), _USE_LINEAR)
+                grid.accept(part.T @ x, _row_range(rows, x.device), _USE_LINEAR, k)
         return below, None, None, None
 
 
@@ -428,15 +504,19 @@ class GhostLinearTandem(nn.Module):
 
 
 class GhostEmbedding(nn.Module):
-    """``nn.Embedding`` over a grid: token ids to float32 rows ``(..., in)``."""
+    """``nn.Embedding`` over a grid: token ids to float32 rows ``(..., in)``.
+
+    ``heard`` off, its gradient is not asked for and casts no votes, and the backward pass need not come down to it.
+    """
 
     def __init__(self, grid: GhostGrid) -> None:
         super().__init__()
         self.grid = grid
+        self.heard = True
         self.num_embeddings, self.embedding_dim = grid.shape
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return _EmbeddingFunction.apply(ids, self.grid.anchor, self.grid)
+        return _EmbeddingFunction.apply(ids, self.grid.anchor if self.heard else None, self.grid)
 
 
 def grids_of(model: nn.Module) -> dict[str, GhostGrid]:
@@ -462,12 +542,24 @@ class Movement:
         flips: how many changed their index.
         mean_travel: how far these were sent, in units of their scale.
         clipped: how many were stopped by the edge of their row's range.
+        mean_size: mean |weight| in units of the scale.
     """
 
     weights: int
     flips: int
     mean_travel: float
     clipped: int = 0
+    mean_size: float = 0.0
+
+    @property
+    def travel(self) -> float:
+        """Mean |change| of all weights, in units of the scale."""
+        return self.flips * self.mean_travel / self.weights
+
+    @property
+    def relative(self) -> float:
+        """Mean |change| over mean |weight|."""
+        return self.travel / self.mean_size if self.mean_size > 0 else 0.0
 
     @property
     def flip_rate(self) -> float:
@@ -488,5 +580,6 @@ def apply_votes(grids: dict[str, GhostGrid], rate: float, weight_decay: float = 
         if grid.unlocked:
             flips, travel, clipped = grid.apply_votes(rate, shrink)
             grid.update_yardstick()
-            moved[name] = Movement(grid.indices.numel(), flips, travel / 2.0**40 / max(flips, 1), clipped)
+            travel_each = travel / 2.0**40 / max(flips, 1)
+            moved[name] = Movement(grid.indices.numel(), flips, travel_each, clipped, grid.mean_size())
     return moved

@@ -190,6 +190,21 @@ def assign_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor], *, 
             module._parameters[leaf] = nn.Parameter(value)
 
 
+@torch.no_grad()
+def copy_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy a checkpoint's tensors into those that the model (mutated) has, on whatever device they are.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape.
+    """
+    if wrong := tensor_mismatches(model, tensors):
+        raise CheckpointError(f"the checkpoint does not fit the model: {wrong[0]}")
+    for name, own in model_tensors(model).items():
+        own.copy_(tensors[name])
+    for grid in grids_of(model).values():
+        grid.scale_changed()
+
+
 def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint stores under ``model``: those of :func:`expected_tensors`, by reference."""
     tensors: dict[str, torch.Tensor] = {}

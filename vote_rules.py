@@ -94,6 +94,7 @@ class Grid(Protocol):
 
     name: str
     uses: int
+    heat: float
     indices: torch.Tensor
     state: VoteState | None
     ballot: Ballot
@@ -204,6 +205,10 @@ class VoteRule:
         """Move the weights; (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`. Integers only."""
         raise NotImplementedError
 
+    def consensus(self, grid: Grid) -> float | None:
+        """How far a step's micro-batches agree: 1/K for noise, 1 for one opinion; None where the rule cannot say."""
+        return None
+
     def update(self, grid: Grid) -> None:
         """Fold the step's row sums into the running means that the next step's votes are measured by."""
         raise NotImplementedError
@@ -273,6 +278,10 @@ class MomentumRule(VoteRule):
         step = float(state.rows["g2"].double().sum()) / (1.0 - self.beta2 ** (state.observations - 1))
         single = float(self.corrected(state).double().sum())
         return min(max(step / single, 1.0 / micro_batches), 1.0) if single > 0 else 1.0
+
+    def consensus(self, grid: Grid) -> float | None:
+        state = _state(grid)
+        return self.agreement(state, grid.ballot.micro_batches) if state.observations >= 2 else None
 
     def cast(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor, use: int, sign: int) -> None:
         state, ballot = _state(grid), grid.ballot
@@ -388,13 +397,15 @@ class SupermajorityRule(VoteRule):
     def yardstick(self, grid: Grid) -> tuple[torch.Tensor, int]:
         """Reciprocal of the tensor's RMS for each row, float32 ``(out,)``, and the gate in units of that RMS."""
         state = _state(grid)
-        key = (self, state.observations)
+        key = (self, state.observations, grid.heat)
         if state.cached is None or state.cached[0] != key:
             square = float(self.corrected(state).double().mean())
             size = float(self.corrected(state, "r1").double().mean())
             rms = square**0.5
             deviation = max(square - size * size, 0.0) ** 0.5
-            gate = round((size + self.sensitivity * deviation) / rms * 2**kernels.WHISPER_BITS) if rms > 0 else 0
+            # Below 1, a layer's heat also raises the gate, so that fewer weights flip and not only less far.
+            gate = (size + self.sensitivity * deviation) / rms / grid.heat if rms > 0 else 0.0
+            gate = round(min(gate, 2.0 * kernels.WHISPER_LIMIT) * 2**kernels.WHISPER_BITS)
             one = min(1 / rms, 1e30) if rms > 0 else 0.0
             state.cached = (key, (torch.full_like(state.rows["r2"], one), gate))
         return state.cached[1]
@@ -483,7 +494,8 @@ class Ballot:
     """What the backward pass is to do with weight gradients; one object shared by all grids of a model.
 
     ``mode``: ``closed`` ignores them; ``measure`` takes the row statistics of grids that have none yet; ``cast``
-    votes; ``retract`` takes the votes of an identical earlier pass back.
+    votes; ``retract`` takes the votes of an identical earlier pass back; ``probe`` computes weight gradients and drops
+    them, to find out whether they fit into memory.
     """
 
     seed: int = 0
@@ -495,11 +507,20 @@ class Ballot:
     backend: str | None = None
     non_finite: list[str] = field(default_factory=list)
     """Names of grids that met a non-finite gradient since the list was last cleared; they did not vote."""
+    standing: set[tuple[str, int, int]] = field(default_factory=set)
+    """(grid, use, slice) of this micro-batch's votes that are in the buffers: what ``retract`` has to take back."""
+    torn: bool = False
+    """Whether casting a slice was interrupted: what it left cannot be taken back."""
+    listening: bool = False
+    """Whether the first micro-batch of a step is compared with the votes that are there already."""
 
     def open(self, mode: str, step: int, micro_batch: int, micro_batches: int) -> None:
         """Set mode and place; ``micro_batches`` is K, constant within a step."""
-        if mode not in ("measure", "cast", "retract"):
+        if mode not in ("measure", "cast", "retract", "probe"):
             raise ValueError(f"unknown ballot mode {mode!r}")
+        if mode == "cast":
+            self.standing.clear()
+            self.torn = False
         if not 0 <= micro_batch < micro_batches:
             raise ValueError(f"micro-batch {micro_batch} of {micro_batches}")
         self.mode, self.step, self.micro_batch, self.micro_batches = mode, step, micro_batch, micro_batches

@@ -5,26 +5,50 @@ at the end of the step the votes move the weights. Norms and biases, the only fl
 The loss of a step is the mean over all its answer tokens, however they are spread over micro-batches.
 
 A micro-batch whose loss or gradients are not finite leaves no trace: it is skipped, and if it broke in the middle of
-the backward pass the votes that it had cast are taken back by casting them again with the opposite sign.
+the backward pass the votes that it had cast are taken back by casting them again with the opposite sign. One that runs
+out of memory leaves none either: what it had cast is taken back in the same way, its data are dealt out again in a
+smaller shape, and the step ends with the micro-batches that were complete. Whatever comes, no half micro-batch counts.
+
+A run that is to watch itself hands over a ``NightWatch``: the supervisor then opens layers before a step, the governor
+and the sentinel look at it afterwards, and every new set of open layers is probed for memory before it votes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from ghost_core import Movement, apply_votes, grids_of, name_grids
+from ghost_core import Agreement, Movement, apply_votes, grids_of, name_grids
+from night_shift import (
+    AntigravitySentinel,
+    LayerGroup,
+    LayerPeel,
+    MemoryContingency,
+    NightShiftSupervisor,
+    Shape,
+    TrainingGovernor,
+    Verdict,
+    is_out_of_memory,
+    layer_groups,
+)
 from qwen_prime_data import Batch, PackedBatches
-from qwen_prime_wrapper import answer_loss
+from qwen_prime_wrapper import answer_loss, copy_tensors
 from vote_rules import Ballot, VoteRule, rule_named
 
 
 class TrainError(RuntimeError):
     """A run that cannot start or go on."""
+
+
+class VotesLost(RuntimeError):
+    """Memory ran out where votes could not be taken back: the state is of no use, return to a checkpoint."""
 
 
 DEFAULT_RATE = 0.25
@@ -53,6 +77,8 @@ class Recipe:
     """Type of the vote buffer; by default the rule's own: int8 for momentum, int16 for the rules of whisper votes."""
     beta: float | None = None
     """Share of the votes that survives a step of momentum or compact; by default 0.7."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products: bfloat16 where the device has it in hardware, else float32; votes do not change type."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, more time, the same votes."""
     seed: int = 0
@@ -75,11 +101,20 @@ class Recipe:
             raise ValueError(f"vote-rule {self.vote_rule} has no weight decay: leave --weight-decay at 0")
         if self.vote_rule == "compact" and self.vote_buffer is not None:
             raise ValueError("vote-rule compact has its votes inside the indices: leave --vote-buffer out")
+        if self.compute == "auto":
+            object.__setattr__(self, "compute", "bfloat16" if has_native_bfloat16(self.device) else "float32")
         self.rule()
 
     def rule(self) -> VoteRule:
         """The vote rule with this recipe's hyperparameters."""
         return rule_named(self.vote_rule, buffer=self.vote_buffer, beta=self.beta)
+
+
+def has_native_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself; torch also says yes where it emulates. Never on a CPU, where few
+    can and none gains."""
+    kind = torch.device(device)
+    return kind.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def default_rate(width: int) -> float:
@@ -102,23 +137,57 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 @dataclass
+class NightWatch:
+    """Who watches a run: layers, bad steps, speed, memory. Mutated by the trainer, saved with it."""
+
+    peel: LayerPeel
+    sentinel: AntigravitySentinel
+    governor: TrainingGovernor | None
+    contingency: MemoryContingency
+
+
+@dataclass
 class StepResult:
-    """What one step did."""
+    """What one step did.
+
+    Attributes:
+        loss: mean over the answer tokens that were learned, nats; NaN where none was.
+        tokens, answer_tokens: of the micro-batches that were run.
+        skipped: micro-batches that were not finite.
+        micro_batches: how many were run.
+        moved: by grid.
+        rate: learning rate of the step.
+        verdict: the sentinel's; ``ok`` where there is none.
+        measured: what the governor measured, by group of layers.
+        agreement: cosines of (votes, shuffled votes) with the first micro-batch's descent direction, by group.
+        consensus: how far the micro-batches agreed with each other, by group: 1/K for noise, 1 for one opinion.
+        events: (kind, fields) of what happened beside the step.
+    """
 
     loss: float
     tokens: int
     answer_tokens: int
     skipped: int
+    micro_batches: int
     moved: dict[str, Movement]
+    rate: float
+    verdict: Verdict = field(default_factory=lambda: Verdict("ok"))
+    measured: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, tuple[float, float]] = field(default_factory=dict)
+    consensus: dict[str, float] = field(default_factory=dict)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
 class VoteTrainer:
     """The training state and the one operation on it, :meth:`step`; knows nothing of files or screens.
 
-    Owns the model (mutated), the ballot, the float optimizer and the data cursor.
+    Owns the model (mutated), the ballot, the float optimizer, the data cursor and the watch. Without a watch every layer
+    is open, and what goes wrong is raised.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: PackedBatches, recipe: Recipe) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: PackedBatches, recipe: Recipe, watch: NightWatch | None = None
+    ) -> None:
         if recipe.lr is None:
             try:
                 recipe = replace(recipe, lr=default_rate(model.config.hidden_size))
@@ -128,95 +197,193 @@ class VoteTrainer:
         self.model = model
         self.batches = batches
         self.recipe = recipe
+        self.watch = watch
         self.done = 0
         self.tokens = 0
-        self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule())
+        self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule(), listening=watch is not None)
         name_grids(model, self.ballot)
         self.grids = grids_of(model)
+        self.groups: list[LayerGroup] = layer_groups(model)
+        self.supervisor = NightShiftSupervisor(model, watch.peel if watch else LayerPeel())
+        self._probed = watch is None
         for grid in self.grids.values():
-            self.ballot.rule.check(grid.tables(), recipe.grad_accum, grid.uses)
-            grid.unlock()
+            self.ballot.rule.check(grid.tables(), self.shape.grad_accum, grid.uses)
         self.floats = dict(model.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.floats.values(), lr=learning_rate(recipe, 0), betas=(0.9, 0.99), weight_decay=0.0
-        )
+        self.optimizer = self._new_optimizer()
         if recipe.gradient_checkpointing:
             # The newer name where transformers has it; the older one warns there.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        if watch is None:
+            self.supervisor.apply(0)
         model.train()
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.floats.values(), lr=learning_rate(self.recipe, 0), betas=(0.9, 0.99), weight_decay=0.0
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """Size of the present step."""
+        if self.watch is not None:
+            return self.watch.contingency.shape
+        return Shape(self.batches.seq_len, self.batches.batch_size, self.recipe.grad_accum)
+
+    @property
+    def phase(self) -> str:
+        """What is open at the step that comes next, in words."""
+        return self.supervisor.phase(self.done)
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
     def step(self) -> StepResult:
-        """One step: measure what has no yardstick yet, cast the votes of every micro-batch, apply them."""
-        count = self.recipe.grad_accum
-        micro_batches = [next(self.batches) for _ in range(count)]
+        """One step: open what the schedule says, measure what has no yardstick yet, cast the votes of every
+        micro-batch, apply them, and let the watch judge.
+
+        Raises:
+            TrainError: no answer token in the step's data, or no shape fits into memory.
+            VotesLost: the state is of no use; see there.
+        """
+        events: list[tuple[str, dict[str, Any]]] = []
+        if self.supervisor.due(self.done):
+            change = self.supervisor.apply(self.done)
+            for parameter in change.floats_closed:
+                self.optimizer.state.pop(parameter, None)
+            if self.watch is not None:
+                self.watch.sentinel.forget_movement()
+                events.append(("peel", {"opened": change.opened, "closed": change.closed, "phase": change.phase}))
+                self._probed = False
+        if not self._probed:
+            self._probe(events)
+        while (result := self._attempt(events)) is None:
+            pass
+        self._judge(result)
+        return result
+
+    def _attempt(self, events: list[tuple[str, dict[str, Any]]]) -> StepResult | None:
+        """The step's micro-batches and moves; None where memory ran out before the first was complete."""
+        count = self.shape.grad_accum
+        cursors, micro_batches = [], []
+        for _ in range(count):
+            cursors.append(self.batches.state_dict())
+            micro_batches.append(next(self.batches))
         answers = sum(b.answer_tokens for b in micro_batches)
         if answers == 0:
             raise TrainError(f"step {self.done} has no answer token: the data has nothing to learn at this seq-len")
-        rate = learning_rate(self.recipe, self.done)
+        rate = learning_rate(self.recipe, self.done) * (self.watch.sentinel.heat if self.watch else 1.0)
         weight = count / answers
-        self._measure(micro_batches[0], weight)
-        total, learned, skipped = 0.0, 0, 0
+        for grid in self.grids.values():
+            grid.agreement = Agreement()
+        ran, total, learned, skipped = 0, 0.0, 0, 0
+        fits = self._measure(micro_batches[0], weight)
         for k, batch in enumerate(micro_batches):
-            nats = self._cast(batch, k, weight)
-            if nats is None:
+            outcome = self._cast(batch, k, weight) if fits else "memory"
+            if outcome == "memory":
+                fits = False
+                self.batches.load_state_dict(cursors[k])
+                self._shrink(events, f"micro-batch {k} of {count}")
+                break
+            ran += 1
+            if outcome is None:
                 skipped += 1
             else:
-                total += nats
+                total += float(outcome)
                 learned += batch.answer_tokens
+        if ran == 0:
+            self._probe(events)
+            return None
         moved: dict[str, Movement] = {}
-        if skipped < count:
-            self.ballot.close()
+        self.ballot.close()
+        if skipped < ran:
             moved = apply_votes(self.grids, rate, self.recipe.weight_decay)
             self._step_floats(rate, count)
         self.optimizer.zero_grad(set_to_none=True)
+        if not fits:
+            self._probe(events)
         self.done += 1
-        tokens = sum(b.tokens for b in micro_batches)
+        run = micro_batches[:ran]
+        tokens = sum(b.tokens for b in run)
         self.tokens += tokens
-        return StepResult(total / learned if learned else math.nan, tokens, answers, skipped, moved)
+        return StepResult(
+            loss=total / learned if learned else math.nan,
+            tokens=tokens,
+            answer_tokens=sum(b.answer_tokens for b in run),
+            skipped=skipped,
+            micro_batches=ran,
+            moved=moved,
+            rate=rate,
+            events=events,
+        )
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        device = self.recipe.device
-        loss, _ = answer_loss(
-            self.model, batch.input_ids.to(device), batch.labels.to(device), batch.position_ids.to(device)
-        )
+        device = torch.device(self.recipe.device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.compute == "bfloat16"):
+            loss, _ = answer_loss(
+                self.model, batch.input_ids.to(device), batch.labels.to(device), batch.position_ids.to(device)
+            )
         return loss
 
-    def _measure(self, batch: Batch, weight: float) -> None:
-        """Give grids without an observation their first, from the step's first micro-batch; no votes."""
-        waiting = [g for g in self.grids.values() if g.waiting]
-        if not waiting:
-            return
-        self.ballot.open("measure", self.done, 0, self.recipe.grad_accum)
-        self.ballot.non_finite.clear()
-        loss = self._loss(batch)
-        if math.isfinite(loss.item()):
-            (loss * weight).backward()
-            for grid in waiting:
-                grid.finish_measuring()
-        self.ballot.close()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _cast(self, batch: Batch, k: int, weight: float) -> float | None:
-        """Votes of one micro-batch; its summed loss, or None where it was not finite and left no trace."""
-        before = {n: None if p.grad is None else p.grad.clone() for n, p in self.floats.items()}
-        self.ballot.open("cast", self.done, k, self.recipe.grad_accum)
+    def _backward(self, mode: str, batch: Batch, k: int, weight: float) -> float:
+        """Loss of a micro-batch, summed, and unless it is not finite the backward pass with the ballot in ``mode``."""
+        self.ballot.open(mode, self.done, k, self.shape.grad_accum)
         self.ballot.non_finite.clear()
         loss = self._loss(batch)
         nats = loss.item()
-        if not math.isfinite(nats):
-            return None
-        (loss * weight).backward()
-        broken = bool(self.ballot.non_finite) or any(
-            p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in self.floats.values()
-        )
-        if broken:
-            self.ballot.open("retract", self.done, k, self.recipe.grad_accum)
-            (self._loss(batch) * weight).backward()
-            for name, parameter in self.floats.items():
-                parameter.grad = before[name]
-            return None
+        if math.isfinite(nats):
+            (loss * weight).backward()
         return nats
+
+    def _measure(self, batch: Batch, weight: float) -> bool:
+        """Give grids without an observation their first, from the step's first micro-batch; no votes. False where
+        memory ran out."""
+        waiting = [g for g in self.grids.values() if g.waiting]
+        if not waiting:
+            return True
+        nats = self._guarded(lambda: self._backward("measure", batch, 0, weight))
+        for grid in waiting:
+            if nats is None:
+                grid.forget_measuring()
+            elif math.isfinite(nats):
+                grid.finish_measuring()
+        self.ballot.close()
+        self.optimizer.zero_grad(set_to_none=True)
+        return nats is not None
+
+    def _cast(self, batch: Batch, k: int, weight: float) -> float | Literal["memory"] | None:
+        """Votes of one micro-batch: its summed loss; None where it was not finite, "memory" where that ran out; either
+        way it left no trace."""
+        before = {n: None if p.grad is None else p.grad.clone() for n, p in self.floats.items()}
+        nats = self._guarded(lambda: self._backward("cast", batch, k, weight))
+        if nats is not None and not math.isfinite(nats):
+            return None
+        broken = nats is None or bool(self.ballot.non_finite)
+        if not broken:
+            grads = [p.grad for p in self.floats.values() if p.grad is not None]
+            broken = not all(bool(torch.isfinite(g).all()) for g in grads)
+        if not broken:
+            return nats
+        self._take_back(batch, k, weight)
+        for name, parameter in self.floats.items():
+            parameter.grad = before[name]
+        return "memory" if nats is None else None
+
+    def _take_back(self, batch: Batch, k: int, weight: float) -> None:
+        """Retract what the micro-batch has cast, by the same computation, the second time with activations kept in the
+        memory of the CPU.
+
+        Raises:
+            VotesLost: memory ran out again before everything was taken back.
+        """
+        for place in (contextlib.nullcontext, torch.autograd.graph.save_on_cpu):
+            if self.ballot.torn:
+                break
+            if self.ballot.standing:
+                with place():
+                    self._guarded(lambda: self._backward("retract", batch, k, weight))
+            if not self.ballot.standing and not self.ballot.torn:
+                return
+        raise VotesLost(f"step {self.done}: memory ran out, and again while votes of micro-batch {k} were taken back")
 
     def _step_floats(self, rate: float, count: int) -> None:
         for parameter in self.floats.values():
@@ -226,36 +393,177 @@ class VoteTrainer:
             group["lr"] = rate
         self.optimizer.step()
 
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def _guarded(self, function: Callable[[], float]) -> float | None:
+        """The function's value, or None where memory ran out; without a watch that is raised."""
+        try:
+            return function()
+        except Exception as error:
+            if self.watch is None or not is_out_of_memory(error):
+                raise
+        # Only here are the exception and the tensors in its frames gone.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _probe(self, events: list[tuple[str, dict[str, Any]]]) -> None:
+        """Run a full row of answers forward and backward with weight gradients that nobody counts, in ever smaller
+        shapes until one fits."""
+        while True:
+            shape = self.shape
+            ids = torch.arange(shape.seq_len).remainder(self.model.config.vocab_size).expand(shape.batch_size, -1)
+            tokens = ids.numel()
+            batch = Batch(
+                ids.contiguous(), ids.contiguous(), torch.arange(shape.seq_len).expand_as(ids), 1, tokens, tokens
+            )
+            fits = self._guarded(lambda batch=batch, tokens=tokens: self._backward("probe", batch, 0, 1 / tokens))
+            self.ballot.close()
+            self.optimizer.zero_grad(set_to_none=True)
+            if fits is not None:
+                self._probed = True
+                return
+            self._shrink(events, "probe")
+
+    def _shrink(self, events: list[tuple[str, dict[str, Any]]], where: str) -> None:
+        assert self.watch is not None, "without a watch memory errors are raised"
+        before, shape = self.shape, self.watch.contingency.lower()
+        if shape is None:
+            raise TrainError(
+                f"{before} do not fit into memory ({where}), and no smaller shape is left: ask --plan what does; "
+                "--vote-rule compact and --peel-window need less"
+            )
+        for grid in self.grids.values():
+            self.ballot.rule.check(grid.tables(), shape.grad_accum, grid.uses)
+        self.batches.resize(shape.seq_len, shape.batch_size)
+        events.append(("out_of_memory", {"where": where, "from": str(before), "to": str(shape)}))
+
+    # -- the watch --------------------------------------------------------------------------------------------------
+
+    def _judge(self, result: StepResult) -> None:
+        """Fill in what the watch has to say of a step, and set the heats of the next."""
+        for group in self.groups:
+            names = [n for n in group.grids if n in result.moved]
+            if not names:
+                continue
+            heard = [c for n in names if (c := self.grids[n].agreement.cosines) is not None]
+            if heard:
+                result.agreement[group.name] = (
+                    sum(votes for votes, _ in heard) / len(heard),
+                    sum(control for _, control in heard) / len(heard),
+                )
+            opinions = [o for n in names if (o := self.ballot.rule.consensus(self.grids[n])) is not None]
+            if opinions:
+                result.consensus[group.name] = sum(opinions) / len(opinions)
+        if self.watch is None:
+            return
+        governor, sentinel = self.watch.governor, self.watch.sentinel
+        if governor is not None:
+            moved = {g.name: {n: result.moved[n] for n in g.grids if n in result.moved} for g in self.groups}
+            braked = governor.braked()
+            result.measured = governor.steer(moved)
+            for group in self.groups:
+                for grid in group.grids.values():
+                    grid.heat = governor.heat.get(group.name, 1.0)
+            for name in sorted(governor.braked().keys() - braked.keys()):
+                result.events.append(
+                    ("governor", {"layer": name, "measured": result.measured[name], "limit": governor.limit})
+                )
+        weights = sum(m.weights for m in result.moved.values())
+        travel = sum(m.travel * m.weights for m in result.moved.values())
+        movement = travel / weights / result.rate if weights and result.rate > 0 else 0.0
+        result.verdict = sentinel.judge(self.done, result.loss, movement, result.skipped, result.micro_batches)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
     def state(self) -> dict[str, Any]:
         """Everything beside the model's tensors that the next step depends on, as a checkpoint's ``train_state``."""
-        return {
+        state = {
             "step": self.done,
             "tokens": self.tokens,
             "seed": self.recipe.seed,
             "vote_rule": self.recipe.vote_rule,
             "vote_buffer": self.ballot.rule.buffer,
-            "micro_batches": self.recipe.grad_accum,
+            "micro_batches": self.shape.grad_accum,
             "data": self.batches.state_dict(),
             "float_optimizer": self.optimizer.state_dict(),
         }
+        if self.watch is not None:
+            state["supervisor"] = {"peel": str(self.watch.peel), "window": self.watch.peel.window}
+            state["sentinel"] = self.watch.sentinel.state_dict()
+            state["governor"] = None if self.watch.governor is None else self.watch.governor.state_dict()
+            state["contingency"] = self.watch.contingency.state_dict()
+        return state
 
     def votes(self) -> dict[str, dict[str, torch.Tensor]]:
         """Vote state of the unlocked grids."""
         return {name: grid.vote_state() for name, grid in self.grids.items() if grid.unlocked}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from a training checkpoint of the same run.
+        """Continue from a training checkpoint of the same run, whose tensors the model already has.
 
         Raises:
-            TrainError: another seed, vote rule or number of micro-batches: the units of the votes depend on them.
+            TrainError: another seed, vote rule, number of micro-batches, schedule or governor than the run's.
         """
-        state, own = checkpoint["train_state"], self.state()
-        for name in ("seed", "vote_rule", "vote_buffer", "micro_batches"):
-            mine = own[name]
-            if state[name] != mine:
-                raise TrainError(f"cannot resume: the checkpoint has {name} {state[name]}, this run {mine}")
+        state = checkpoint["train_state"]
+        if self.watch is not None:
+            missing = {"supervisor", "sentinel", "governor", "contingency"} - state.keys()
+            if missing:
+                raise TrainError(
+                    f"cannot resume: the checkpoint has no {', '.join(sorted(missing))}; it was written by an older "
+                    "version, begin a new run from it with --checkpoint"
+                )
+            self.watch.contingency.load_state_dict(state["contingency"])
+        own = self.state()
+        names = ["seed", "vote_rule", "vote_buffer", "micro_batches", *(["supervisor"] if self.watch else [])]
+        for name in names:
+            if state[name] != own[name]:
+                raise TrainError(f"cannot resume: the checkpoint has {name} {state[name]}, this run {own[name]}")
+        if self.watch is not None:
+            if (state["governor"] is None) != (self.watch.governor is None):
+                raise TrainError("cannot resume: the checkpoint and this run disagree on --governor")
+            self.watch.sentinel.load_state_dict(state["sentinel"])
+            if self.watch.governor is not None:
+                self.watch.governor.load_state_dict(state["governor"])
         self.done, self.tokens = state["step"], state["tokens"]
         self.batches.load_state_dict(state["data"])
         self.optimizer.load_state_dict(state["float_optimizer"])
+        self._restore_votes(checkpoint["votes"])
+
+    def _restore_votes(self, votes: dict[str, dict[str, torch.Tensor]]) -> None:
         for name, grid in self.grids.items():
-            grid.load_vote_state(checkpoint["votes"].get(name, {}))
+            grid.load_vote_state(votes.get(name, {}))
+        if self.watch is None:
+            return
+        if self.done > 0:
+            # As the step before left it; what the next one changes is its own affair.
+            self.supervisor.apply(self.done - 1)
+        else:
+            self.supervisor.now = None
+        self._probed = False
+        heats = self.watch.governor.heat if self.watch.governor is not None else {}
+        for group in self.groups:
+            for grid in group.grids.values():
+                grid.heat = heats.get(group.name, 1.0)
+
+    def roll_back(self, checkpoint: dict[str, Any]) -> None:
+        """Return to the weights, votes and step of a checkpoint of this run, or of the one it began with (``stage``
+        init), and go on from there with data that were not seen yet, at the sentinel's present heat and in the
+        present shape."""
+        assert self.watch is not None, "a run that nobody watches is not rolled back"
+        copy_tensors(self.model, checkpoint["model"])
+        self.optimizer = self._new_optimizer()
+        if checkpoint["stage"] == "train" and "contingency" in checkpoint["train_state"]:
+            state = checkpoint["train_state"]
+            self.done, self.tokens = state["step"], state["tokens"]
+            self.optimizer.load_state_dict(state["float_optimizer"])
+            if self.watch.governor is not None:
+                self.watch.governor.load_state_dict(state["governor"])
+            self._restore_votes(checkpoint["votes"])
+        else:
+            self.done = self.tokens = 0
+            if self.watch.governor is not None:
+                self.watch.governor.heat.clear()
+            self._restore_votes({})
+        self.optimizer.zero_grad(set_to_none=True)

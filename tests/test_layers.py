@@ -19,6 +19,7 @@ FLOORS = {
     "vote_rules": 2,
     "ghost_core": 3,
     "qwen_prime_wrapper": 4,
+    "night_shift": 4,
     "vote_trainer": 5,
     "prime_quality": 6,
     "qwen_prime_importer": 7,
