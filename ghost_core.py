@@ -58,7 +58,8 @@ class Agreement:
         """Add rows of a gradient, float ``(n, in)``, and the votes there, any integers ``(n, in)``.
 
         Args:
-            order: a permutation of the columns, int64 ``(in,)``; with it, and shifted by a row, the votes are the control.
+            order: a permutation of the columns, int64 ``(in,)``; with it, and shifted by a row, the votes are the
+            control.
         """
         g, v = gradient.double(), votes.double()
         self.votes -= float((g * v).sum())

@@ -1,22 +1,22 @@
 """What watches over a run that nobody watches: which layers are open, what a bad step is, how fast weights may move.
 
-``LayerPeel`` is a schedule: a pure function of the step, so a resumed run is in the phase that it left. Top layers open
-first; the lower ones then meet gradients from layers that have begun to settle (gradual unfreezing, Howard and Ruder
-2018, arXiv 1801.06146). With a window only so many layers hold vote buffers at a time, as in block-wise training (BAdam,
-arXiv 2404.02827), and the window rolls down the model and begins again at the top. ``NightShiftSupervisor`` carries a
-schedule out. A locked layer has no vote buffer, no row state and no optimizer state, costs no weight gradient, and keeps
-norms and biases as they are; nothing is hoarded behind its lock, so an unlock begins from zero votes. The head is open
-from the first step, and so is an embedding that is tied to it; but the embedding's *lookup* casts votes only while the
-lowest layer is open, because its gradient would need a backward pass through everything.
+``LayerPeel`` is a schedule: a pure function of the step, so a resumed run is in the phase that it left. Top layers
+open first; the lower ones then meet gradients from layers that have begun to settle (gradual unfreezing, Howard and
+Ruder 2018, arXiv 1801.06146). With a window only so many layers hold vote buffers at a time, as in block-wise training
+(BAdam, arXiv 2404.02827), and the window rolls down the model and begins again at the top. ``NightShiftSupervisor``
+carries a schedule out. A locked layer has no vote buffer, no row state and no optimizer state, costs no weight
+gradient, and keeps norms and biases as they are; nothing is hoarded behind its lock, so an unlock begins from zero
+votes. The head is open from the first step, and so is an embedding that is tied to it; but the embedding's *lookup*
+casts votes only while the lowest layer is open, because its gradient would need a backward pass through everything.
 
 ``AntigravitySentinel`` judges finished steps. Micro-batches that were not finite have left no trace already; the
-sentinel counts them. A loss far above its recent median for several steps, or a movement far beyond the usual, calls for
-a return to the last checkpoint from before it, at half the rate and on new data: the remedy of PaLM (arXiv 2204.02311,
-5.1), which also skipped the data it had spiked on. Too much of either ends the run.
+sentinel counts them. A loss far above its recent median for several steps, or a movement far beyond the usual, calls
+for a return to the last checkpoint from before it, at half the rate and on new data: the remedy of PaLM (arXiv
+2204.02311, 5.1), which also skipped the data it had spiked on. Too much of either ends the run.
 
-``TrainingGovernor`` brakes single layers. It measures what a step did to each of them and, above the rule's limit, lowers
-the layer's heat by a fifth (the plans' constant); below it the heat recovers slowly to 1. It never pushes: a low learning
-rate is the user's own wish.
+``TrainingGovernor`` brakes single layers. It measures what a step did to each of them and, above the rule's limit,
+lowers the layer's heat by a fifth (the plans' constant); below it the heat recovers slowly to 1. It never pushes: a
+low learning rate is the user's own wish.
 
 ``MemoryContingency`` is a ladder of smaller shapes with as many tokens per step. Rejected: shrinking the model's part
 instead (fewer open layers), which would change what is learned; a shorter row only changes how it is cut.
@@ -58,8 +58,8 @@ class NightShiftError(RuntimeError):
 class LayerPeel:
     """When layers open, top first. ``every`` = 0: all of them from the first step.
 
-    With ``window`` at most so many layers are open at once: once that many are, the lowest open ones are followed by the
-    next below and the highest close again; after the bottom comes the top.
+    With ``window`` at most so many layers are open at once: once that many are, the lowest open ones are followed by
+    the next below and the highest close again; after the bottom comes the top.
     """
 
     start: int = 0
@@ -287,7 +287,9 @@ class AntigravitySentinel:
         self._losses.append(loss)
         self._moves.append(movement)
         if skipped:
-            return Verdict("non_finite", f"{skipped} of {micro_batches} micro-batches were not finite and left no trace")
+            return Verdict(
+                "non_finite", f"{skipped} of {micro_batches} micro-batches were not finite and left no trace"
+            )
         return Verdict("ok")
 
     def _is_spike(self, loss: float) -> bool:
@@ -340,8 +342,8 @@ LIMITS: dict[str, tuple[Literal["movement", "flips"], float]] = {
     "supermajority": ("flips", 0.0005),
     "stochastic": ("flips", 0.0005),
 }
-"""What of a layer is limited in a step, by vote rule: mean |change| over mean |weight|, or the share of flipped weights;
-the plans' 0.05% for the plans' own rules."""
+"""What of a layer is limited in a step, by vote rule: mean |change| over mean |weight|, or the share of flipped
+weights; the plans' 0.05% for the plans' own rules."""
 
 
 @dataclass
@@ -472,13 +474,3 @@ class MemoryContingency:
                 "--batch-size and --grad-accum"
             )
         self.rung = state["rung"]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: the device's allocator, the CPU's, or Python's own."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = ("can't allocate memory", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

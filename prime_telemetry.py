@@ -1,8 +1,13 @@
 """What a run tells the outside: append-only JSON lines in the run's folder. No torch, so monitors start at once.
 
-    RUN/config.json     the trainer's configuration, written before step 1
-    RUN/stats.jsonl     one object a step
-    RUN/events.jsonl    what happened beside the steps: start, first evaluation, save, skip, signal, end
+    RUN/config.json     the trainer's configuration, written before step 1 RUN/stats.jsonl     one object a step
+    RUN/events.jsonl    what happened beside the steps: start, first evaluation, unlock, save, skip, spike, memory,
+    return,
+                        signal, end
+    RUN/samples.jsonl   what the model writes: prompt, text, reference
+
+After a return to an earlier checkpoint steps are counted again from there: of two lines of one step the later one
+holds.
 
 A line is written and flushed whole; a reader that comes in the middle of a write, or after a crash, sees a torn last
 line and leaves it for the next look. Numbers that JSON does not have (NaN, infinities) are written as null.
@@ -17,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CONFIG, STATS, EVENTS = "config.json", "stats.jsonl", "events.jsonl"
+CONFIG, STATS, EVENTS, SAMPLES = "config.json", "stats.jsonl", "events.jsonl", "samples.jsonl"
 
 
 def _plain(value: Any) -> Any:
@@ -48,6 +53,10 @@ class RunLog:
     def event(self, kind: str, **fields: Any) -> None:
         """Append to ``events.jsonl``: ``event`` is the kind; adds ``timestamp``."""
         self._append(EVENTS, {"event": kind, **fields})
+
+    def sample(self, **fields: Any) -> None:
+        """Append to ``samples.jsonl``; adds ``timestamp``."""
+        self._append(SAMPLES, fields)
 
     def _append(self, name: str, fields: dict[str, Any]) -> None:
         line = json.dumps(_plain({**fields, "timestamp": round(time.time(), 3)}), allow_nan=False)

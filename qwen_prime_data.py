@@ -591,7 +591,9 @@ def shorten(encoded: EncodedSet, seq_len: int) -> tuple[EncodedSet, np.ndarray]:
         spans += pieces
         origin += [index] * len(pieces)
     if not spans:
-        raise DataError(f"none of {len(encoded)} documents has a target within {seq_len} tokens; give a larger --seq-len")
+        raise DataError(
+            f"none of {len(encoded)} documents has a target within {seq_len} tokens; give a larger --seq-len"
+        )
     answer = np.concatenate([encoded.answer[a:b] for a, b in spans])
     starts = np.cumsum([0, *(b - a for a, b in spans)], dtype=np.int64)
     answer[starts[:-1]] = False
@@ -966,9 +968,7 @@ class PackedBatches:
         self._epoch = epoch
         self.encoded, self._rows = self._plan(epoch, self.seq_len, ())
 
-    def _plan(
-        self, epoch: int, seq_len: int, earlier: Sequence[tuple[int, int]]
-    ) -> tuple[EncodedSet, list[list[int]]]:
+    def _plan(self, epoch: int, seq_len: int, earlier: Sequence[tuple[int, int]]) -> tuple[EncodedSet, list[list[int]]]:
         """Documents at that length, and the rows of those that the epoch has not dealt out in ``earlier`` sizes."""
         whole = self._whole[0]
         waiting = np.ones(len(whole), dtype=bool)
@@ -979,9 +979,7 @@ class PackedBatches:
         encoded, rows, _ = self._pack(epoch, seq_len, waiting)
         return encoded, rows
 
-    def _pack(
-        self, epoch: int, seq_len: int, waiting: np.ndarray
-    ) -> tuple[EncodedSet, list[list[int]], np.ndarray]:
+    def _pack(self, epoch: int, seq_len: int, waiting: np.ndarray) -> tuple[EncodedSet, list[list[int]], np.ndarray]:
         whole, longest, _ = self._whole
         if seq_len == longest:
             encoded, origin = whole, np.arange(len(whole))

@@ -1,18 +1,17 @@
-"""Fine-tune a PRIME checkpoint by integer votes.
+"""Fine-tune a PRIME checkpoint by integer votes, unattended.
 
     python qwen_prime_train.py --checkpoint coder_prime_init.pt --data records.jsonl --output-dir runs/coder
+    python qwen_prime_train.py --checkpoint coder_prime_init.pt --plan
 
-The step itself is in ``vote_trainer.py``; this script reads records, writes statistics and checkpoints, and stops well.
-``stats.jsonl`` gets one line a step; checkpoints are whole training states, and ``--resume`` goes on bit for bit.
+The step is in ``vote_trainer.py``, what watches over it in ``night_shift.py``; this script reads records, writes
+statistics, samples and checkpoints, returns to a checkpoint when the sentinel says so, and stops well. ``--resume``
+goes on bit for bit. ``--plan`` says what a run needs of which memory, and trains nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import resource
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +20,24 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import manifolds
+import memory_plan
 import prime_cli
 from ghost_core import GhostError, grids_of
-from prime_checkpoint import CheckpointError, created_by, load_checkpoint, save_checkpoint
+from night_shift import (
+    AntigravitySentinel,
+    LayerPeel,
+    MemoryContingency,
+    NightShiftError,
+    PeelError,
+    Shape,
+    TrainingGovernor,
+    Verdict,
+)
+from prime_checkpoint import CheckpointError, created_by, load_checkpoint
+from prime_device import GIB, DeviceError, check_device, make_deterministic, memory_peak, memory_total
 from prime_telemetry import RunLog
 from qwen_prime_data import (
     DataError,
@@ -39,14 +50,18 @@ from qwen_prime_data import (
 )
 from qwen_prime_wrapper import (
     ModelError,
+    build_model,
+    continue_text,
+    manifold_of,
     manifold_record,
     mean_answer_loss,
     model_from_checkpoint,
     model_tensors,
     tokenizer_from_checkpoint,
 )
+from run_folder import RunFolder, run_name
 from vote_rules import RuleError
-from vote_trainer import Recipe, TrainError, VoteTrainer, learning_rate
+from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, VoteTrainer
 
 log = logging.getLogger("train")
 
@@ -57,83 +72,84 @@ class TrainConfig(Recipe):
 
     checkpoint: Path
     """Where to start: NAME_prime_init.pt, or a training checkpoint."""
-    data: Path
+    data: Path | None = None
     """Records to learn: .jsonl, .json, .txt or a folder; where records carry a split, those of "train"."""
-    output_dir: Path
-    """The run's folder: config, statistics, events and checkpoints."""
+    output_dir: Path | None = None
+    """The run's folder: config, statistics, events, samples and checkpoints."""
     eval_data: Path | None = None
     """Held-out records; by default those of --data whose split is "eval", if there are any."""
     seq_len: int = 512
     """Tokens in a packed row."""
     batch_size: int = 1
     """Rows in a micro-batch."""
+    peel: str = "none"
+    """Which layers are open when: none (all of them, from the first step), v7 (the head alone until step 200, then two
+    layers every 50 steps from the top) or START:EVERY:LAYERS."""
+    peel_window: int | None = None
+    """Most layers open at a time: the window rolls down the model by the schedule of --peel."""
+    governor: bool = True
+    """Brake layers that move too fast."""
+    governor_limit: float | None = None
+    """What is too fast, by default 0.02 of the mean weight in a step, for the rules of whisper votes 0.0005 flips."""
+    shortest_seq_len: int = 256
+    """Where memory runs out rows shorten, not below this."""
     eval_every: int = 50
     """Steps between held-out evaluations; 0 evaluates only before the first step and at the end."""
+    sample_every: int = 100
+    """Steps between sample generations, and one at the end; 0 for none."""
+    samples: int = 2
+    """How many held-out prompts are continued."""
+    sample_tokens: int = 48
+    """Tokens of a continuation."""
     save_every: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 3
-    """How many of the run's checkpoints to keep."""
+    """How many of the run's checkpoints to keep, beside the best."""
     resume: bool = False
     """Go on from the newest checkpoint of --output-dir."""
+    plan: bool = False
+    """Print the memory that this run needs, line by line, and what fits; train nothing."""
+    memory: float | None = None
+    """For --plan: GiB of the card; by default those of --device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("seq_len", "batch_size", "save_every", "keep_last"):
+        for name in ("seq_len", "batch_size", "save_every", "keep_last", "samples", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        if self.eval_every < 0:
-            raise ValueError(f"eval-every is {self.eval_every}, expected at least 0")
+        for name in ("eval_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
+        if self.shortest_seq_len < 2:
+            raise ValueError(f"shortest-seq-len is {self.shortest_seq_len}, expected at least 2")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"memory is {self.memory}, expected GiB above 0")
+        if not self.plan and (self.data is None or self.output_dir is None):
+            raise ValueError("training needs --data and --output-dir (only --plan does not)")
+        LayerPeel.parse(self.peel, self.peel_window)
+        if self.governor:
+            TrainingGovernor.for_rule(self.vote_rule, self.governor_limit)
+
+    def shape(self) -> Shape:
+        """Size of a step."""
+        return Shape(self.seq_len, self.batch_size, self.grad_accum)
+
+    def watch(self) -> NightWatch:
+        """Who watches this run."""
+        return NightWatch(
+            LayerPeel.parse(self.peel, self.peel_window),
+            AntigravitySentinel(),
+            TrainingGovernor.for_rule(self.vote_rule, self.governor_limit) if self.governor else None,
+            MemoryContingency(self.shape(), self.shortest_seq_len),
+        )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def run_name(checkpoint: Path) -> str:
-    """NAME of NAME_prime_init.pt or NAME_prime_step_N.pt."""
-    return re.sub(r"_prime_(init|step_\d+)$", "", checkpoint.stem)
-
-
-def saved_steps(folder: Path, name: str) -> list[tuple[int, Path]]:
-    """The run's checkpoints by step, oldest first."""
-    pattern = re.compile(re.escape(name) + r"_prime_step_(\d+)\.pt")
-    found = [(int(m.group(1)), f) for f in folder.glob("*.pt") if (m := pattern.fullmatch(f.name))]
-    return sorted(found)
-
-
-def newest_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
-
-    Raises:
-        TrainError: none.
-    """
-    for _, file in reversed(saved_steps(folder, name)):
-        try:
-            return file, load_checkpoint(file)
-        except CheckpointError as error:
-            log.warning("passing over %s: %s", file, error)
-    raise TrainError(f"nothing to resume: {folder} has no whole {name}_prime_step_N.pt; leave --resume out to begin")
-
-
-def save(trainer: VoteTrainer, base: dict[str, Any], config: TrainConfig, name: str) -> Path:
-    """Write the whole training state, then remove all but the last ``--keep-last`` checkpoints."""
-    path = config.output_dir / f"{name}_prime_step_{trainer.done}.pt"
-    checkpoint = {
-        **{key: base[key] for key in ("format", "version", "hf_config", "tokenizer", "manifold", "source")},
-        "stage": "train",
-        "model": {n: t.detach().cpu().contiguous() for n, t in model_tensors(trainer.model).items()},
-        "probes": {},
-        "votes": {n: {k: t.cpu() for k, t in s.items()} for n, s in trainer.votes().items()},
-        "train_state": trainer.state(),
-        "created_by": created_by("qwen_prime_train.py"),
-    }
-    save_checkpoint(checkpoint, path)
-    for _, old in saved_steps(config.output_dir, name)[: -config.keep_last]:
-        old.unlink()
-    return path
+# -- what a run reads -------------------------------------------------------------------------------------------------
 
 
 def load_data(config: TrainConfig, tokenizer: Any) -> tuple[EncodedSet, EncodedSet | None]:
     """Training records and, where there are any, held-out ones, encoded with the checkpoint's tokenizer."""
+    assert config.data is not None, "checked by the config"
     records = read_records(config.data, split="train")
     encoded = encode_records(records, tokenizer, config.seq_len)
     log.info(describe(records, encoded))
@@ -147,11 +163,19 @@ def load_data(config: TrainConfig, tokenizer: Any) -> tuple[EncodedSet, EncodedS
     return encoded, held
 
 
-def peak_memory(device: str) -> int:
-    """Peak bytes on the device, or peak resident memory of the process on the CPU."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def make_compact(model: PreTrainedModel, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Move a model (mutated) to the manifold ``compact``; the checkpoint as it is to be saved from then on."""
+    target = manifolds.build("compact")
+    reports = {name: grid.move_to(target) for name, grid in grids_of(model).items()}
+    lowest = min(reports, key=lambda name: reports[name].snr_db)
+    log.info(
+        "rule compact: the weights move from the manifold %s to compact, lowest SNR %.1f dB (%s)",
+        *(checkpoint["manifold"]["name"], reports[lowest].snr_db, lowest),
+    )
+    return {**checkpoint, "manifold": manifold_record(target)}
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
 
 
 class _StopFlag:
@@ -170,103 +194,276 @@ class _StopFlag:
             signal.signal(number, handler)
 
 
-def make_compact(model: PreTrainedModel, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Move a model (mutated) to the manifold ``compact``; the checkpoint as it is to be saved from then on."""
-    target = manifolds.build("compact")
-    reports = {name: grid.move_to(target) for name, grid in grids_of(model).items()}
-    lowest = min(reports, key=lambda name: reports[name].snr_db)
-    log.info(
-        "rule compact: the weights move from the manifold %s to compact, lowest SNR %.1f dB (%s)",
-        *(checkpoint["manifold"]["name"], reports[lowest].snr_db, lowest),
-    )
-    return {**checkpoint, "manifold": manifold_record(target)}
+class Session:
+    """One process's part of a run: steps, evaluations, samples, statistics, checkpoints, returns.
 
+    Args:
+        base: the checkpoint whose config, tokenizer, manifold and source every checkpoint of the run repeats.
+        held: held-out documents, or None.
+    """
 
-def train(
-    trainer: VoteTrainer, held: EncodedSet | None, base: dict[str, Any], config: TrainConfig, run: RunLog
-) -> Path:
-    """Run until ``--steps`` or a signal; the path of the last checkpoint."""
-    name = run_name(config.checkpoint)
-    pad = trainer.batches.pad_id
-    if held is not None and trainer.done == 0:
-        rows = evaluation_batches(held, config.seq_len, config.batch_size, pad)
-        run.event("evaluation", step=0, val_loss=mean_answer_loss(trainer.model, rows)[0])
-    stop = _StopFlag()
-    path: Path | None = None
-    started_at = saved_at = trainer.done
+    def __init__(
+        self,
+        trainer: VoteTrainer,
+        config: TrainConfig,
+        base: dict[str, Any],
+        encoded: EncodedSet,
+        held: EncodedSet | None,
+        tokenizer: PreTrainedTokenizerBase,
+        best: dict[str, Any] | None,
+    ) -> None:
+        assert config.output_dir is not None and trainer.watch is not None, "checked by the config, given by main"
+        self.trainer = trainer
+        self.watch = trainer.watch
+        self.config = config
+        self.base = base
+        self.encoded = encoded
+        self.held = held
+        self.tokenizer = tokenizer
+        self.best = best
+        self.run = RunLog(config.output_dir)
+        self.folder = RunFolder(config.output_dir, run_name(config.checkpoint), config.keep_last)
+        self.stop = _StopFlag()
+        self.path: Path | None = None
+        self.saved_at: int | None = None
+        self.losses_in_a_row = 0
 
-    def keep() -> None:
-        nonlocal path, saved_at
-        path, saved_at = save(trainer, base, config, name), trainer.done
-        run.event("save", step=saved_at, path=path)
+    def evaluate(self) -> float | None:
+        """Held-out loss, nats per answer token."""
+        if self.held is None:
+            return None
+        rows = evaluation_batches(self.held, self.config.seq_len, self.config.batch_size, self.trainer.batches.pad_id)
+        return mean_answer_loss(self.trainer.model, rows)[0]
 
-    bar = tqdm(total=config.steps, initial=trainer.done, desc="train", unit="step", disable=None)
-    try:
-        while trainer.done < config.steps and stop.signal is None:
-            started = time.perf_counter()
-            result = trainer.step()
-            seconds = time.perf_counter() - started
-            done = trainer.done
-            last = done == config.steps or stop.signal is not None
-            val_loss = None
-            if held is not None and (last or (config.eval_every and done % config.eval_every == 0)):
-                rows = evaluation_batches(held, config.seq_len, config.batch_size, pad)
-                val_loss = mean_answer_loss(trainer.model, rows)[0]
-            weights = sum(m.weights for m in result.moved.values())
-            flips = sum(m.flips for m in result.moved.values())
-            clipped = sum(m.clipped for m in result.moved.values())
-            run.stats(
-                step=done,
-                loss=result.loss,
-                val_loss=val_loss,
-                flips=flips,
-                flip_rate=flips / weights if weights else 0.0,
-                clipped=clipped,
-                tokens=trainer.tokens,
-                answer_tokens=result.answer_tokens,
-                tokens_per_s=result.tokens / seconds,
-                lr=learning_rate(trainer.recipe, done - 1),
-                peel_phase="all open",
-                thawed_layers=trainer.model.config.num_hidden_layers,
-                sentinel="ok" if not result.skipped else f"skipped {result.skipped} micro-batches",
-                mem_peak_bytes=peak_memory(config.device),
-                flip_rate_by_grid={n: m.flip_rate for n, m in result.moved.items()},
+    def sample(self) -> None:
+        """Continue a few held-out prompts (of the training data where nothing is held out) into ``samples.jsonl``."""
+        documents = self.held or self.encoded
+        count = min(self.config.samples, len(documents))
+        for number in range(count):
+            document = documents.document(number * len(documents) // count)
+            ids, answer = list(document.input_ids), list(document.answer)
+            begin = answer.index(True)
+            # A plain text has no question: its beginning serves.
+            begin = begin if begin > 1 else max(1, min(32, len(ids) // 2))
+            stop = next((i for i in range(begin, len(ids)) if not answer[i]), len(ids))
+            text = continue_text(self.trainer.model, self.tokenizer, ids[:begin], self.config.sample_tokens)
+            self.run.sample(
+                step=self.trainer.done,
+                prompt=self.tokenizer.decode(ids[:begin]),
+                text=text,
+                reference=self.tokenizer.decode(ids[begin:stop]),
             )
-            if result.skipped:
-                run.event("non_finite", step=done, micro_batches=result.skipped)
-                log.warning("step %d: %d micro-batches were not finite and left no trace", done, result.skipped)
-            bar.update()
-            shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{result.tokens / seconds:.0f}", "flips": f"{flips:,}"}
-            bar.set_postfix(shown | ({"held-out": f"{val_loss:.4f}"} if val_loss is not None else {}))
-            if last or done % config.save_every == 0:
-                keep()
-        if started_at < trainer.done != saved_at:
+
+    def save(self, val_loss: float | None) -> None:
+        """Write the whole training state; the lowest held-out loss so far becomes the best."""
+        trainer = self.trainer
+        is_best = val_loss is not None and (self.best is None or val_loss < self.best["val_loss"])
+        if is_best:
+            self.best = {"step": trainer.done, "val_loss": val_loss}
+        checkpoint = {
+            **{key: self.base[key] for key in ("format", "version", "hf_config", "tokenizer", "manifold", "source")},
+            "stage": "train",
+            "model": {n: t.detach().cpu().contiguous() for n, t in model_tensors(trainer.model).items()},
+            "probes": {},
+            "votes": {n: {k: t.cpu() for k, t in s.items()} for n, s in trainer.votes().items()},
+            "train_state": {**trainer.state(), "best": self.best},
+            "created_by": created_by("qwen_prime_train.py"),
+        }
+        # While losses are spiking the last good checkpoint is still needed.
+        self.path = self.folder.save(trainer.done, checkpoint, is_best=is_best, prune=self.watch.sentinel.streak == 0)
+        self.saved_at = trainer.done
+        self.run.event("save", step=trainer.done, path=self.path, best=is_best)
+
+    def return_to(self, verdict: Verdict) -> None:
+        """Roll back to the newest whole checkpoint of at most the verdict's step.
+
+        Raises:
+            TrainError: the verdict ends the run, or there is none; names the last good checkpoint.
+        """
+        found = self.folder.newest(at_most=verdict.to)
+        if found is None:
+            raise TrainError(
+                f"step {self.trainer.done}: {verdict.reason}; no whole checkpoint up to step {verdict.to} is left"
+            )
+        path, checkpoint = found
+        if verdict.kind == "end":
+            raise TrainError(
+                f"the run ends at step {self.trainer.done}: {verdict.reason}. The last good checkpoint is {path}; look "
+                "at events.jsonl, and begin again from there with a lower --lr or other --data"
+            )
+        came_from = self.trainer.done
+        self.trainer.roll_back(checkpoint)
+        log.warning(
+            "step %d: %s; back to %s, learning rate x %g, on new data",
+            *(came_from, verdict.reason, path.name, self.watch.sentinel.heat),
+        )
+        self.run.event(
+            "roll_back", step=came_from, to=self.trainer.done, reason=verdict.reason, rate=self.watch.sentinel.heat
+        )
+
+    def record(self, result: StepResult, seconds: float, val_loss: float | None) -> None:
+        """One line of statistics, and the step's events."""
+        trainer, done = self.trainer, self.trainer.done
+        for kind, fields in result.events:
+            self.run.event(kind, step=done, **fields)
+            if kind == "out_of_memory":
+                log.warning(
+                    "step %d: out of memory (%s): %s -> %s", done, *(fields[k] for k in ("where", "from", "to"))
+                )
+        weights = sum(m.weights for m in result.moved.values())
+        flips = sum(m.flips for m in result.moved.values())
+        self.run.stats(
+            step=done,
+            loss=result.loss,
+            val_loss=val_loss,
+            flips=flips,
+            flip_rate=flips / weights if weights else 0.0,
+            clipped=sum(m.clipped for m in result.moved.values()),
+            tokens=trainer.tokens,
+            answer_tokens=result.answer_tokens,
+            tokens_per_s=result.tokens / seconds,
+            seconds=seconds,
+            lr=result.rate,
+            peel_phase=trainer.supervisor.phase(done - 1),
+            thawed_layers=len(trainer.supervisor.now or ()),
+            sentinel=result.verdict.kind,
+            skipped=result.skipped,
+            micro_batches=result.micro_batches,
+            seq_len=trainer.batches.seq_len,
+            batch_size=trainer.batches.batch_size,
+            mem_peak_bytes=memory_peak(self.config.device),
+            agreement={n: a for n, (a, _) in result.agreement.items()},
+            agreement_control={n: c for n, (_, c) in result.agreement.items()},
+            consensus=result.consensus,
+            governor=self.watch.governor.braked() if self.watch.governor else {},
+            measured=result.measured,
+            flip_rate_by_grid={n: m.flip_rate for n, m in result.moved.items()},
+        )
+        if result.verdict.kind not in ("ok", "roll_back", "end"):
+            self.run.event(result.verdict.kind, step=done, reason=result.verdict.reason, micro_batches=result.skipped)
+            log.warning("step %d: %s", done, result.verdict.reason)
+
+    def go(self) -> Path:
+        """Run until ``--steps`` or a signal; the path of the last checkpoint.
+
+        Raises:
+            TrainError: the sentinel ended the run, memory cannot hold it, or there is nothing to do.
+        """
+        try:
+            return self._go()
+        except TrainError as error:
+            self.run.event("failed", step=self.trainer.done, reason=str(error))
+            raise
+        finally:
+            self.stop.restore()
+
+    def _go(self) -> Path:
+        trainer, config = self.trainer, self.config
+        if trainer.done >= config.steps:
+            raise TrainError(
+                f"nothing to do: the checkpoint is at step {trainer.done} of {config.steps}; raise --steps"
+            )
+        begun = trainer.done
+        if begun == 0:
+            val_loss = self.evaluate()
+            if val_loss is not None:
+                self.run.event("evaluation", step=0, val_loss=val_loss)
+            self.save(None)
+        with tqdm(total=config.steps, initial=begun, desc="train", unit="step", disable=None) as bar:
+            while trainer.done < config.steps and self.stop.signal is None:
+                self._step(bar)
+        if self.saved_at != trainer.done and trainer.done != begun:
             # The signal came after its step had been found not to be the last.
-            keep()
-    finally:
-        bar.close()
-        stop.restore()
-    if stop.signal is not None:
-        run.event("signal", step=trainer.done, signal=stop.signal)
-        if path is None:
-            log.info("%s: nothing to save, step %d was not left", stop.signal, trainer.done)
-            return config.checkpoint
-        log.info("%s: saved %s after step %d; continue with --resume", stop.signal, path, trainer.done)
-    if path is None:
-        raise TrainError(f"nothing to do: the checkpoint is at step {trainer.done} of {config.steps}; raise --steps")
-    return path
+            self.save(None)
+        if self.stop.signal is not None:
+            self.run.event("signal", step=trainer.done, signal=self.stop.signal)
+            if self.path is None:
+                log.info("%s: nothing to save, step %d was not left", self.stop.signal, trainer.done)
+                return config.checkpoint
+            log.info("%s: saved %s after step %d; continue with --resume", self.stop.signal, self.path, trainer.done)
+        assert self.path is not None, "the last step is always saved"
+        return self.path
+
+    def _step(self, bar: Any) -> None:
+        trainer, config = self.trainer, self.config
+        started = time.perf_counter()
+        try:
+            result = trainer.step()
+        except VotesLost as error:
+            self.losses_in_a_row += 1
+            if self.losses_in_a_row > 3:
+                raise TrainError(f"{error}; for the fourth time without a whole step between") from error
+            self.return_to(Verdict("roll_back", str(error), trainer.done))
+            bar.n = trainer.done
+            return
+        self.losses_in_a_row = 0
+        seconds = time.perf_counter() - started
+        done, verdict = trainer.done, result.verdict
+        sound = verdict.kind not in ("roll_back", "end")
+        last = sound and (done == config.steps or self.stop.signal is not None)
+        look = last or (config.eval_every and done % config.eval_every == 0)
+        val_loss = self.evaluate() if look and sound else None
+        self.record(result, seconds, val_loss)
+        if not sound:
+            self.return_to(verdict)
+            bar.n = trainer.done
+            return
+        bar.update()
+        memory = memory_peak(config.device) / GIB
+        shown = {
+            "loss": f"{result.loss:.4f}",
+            "tok/s": f"{result.tokens / seconds:.0f}",
+            "flips": f"{sum(m.flips for m in result.moved.values()):,}",
+            "mem": f"{memory:.1f}G",
+        }
+        bar.set_postfix(shown | ({"held-out": f"{val_loss:.4f}"} if val_loss is not None else {}))
+        if config.sample_every and (done == config.steps or done % config.sample_every == 0):
+            self.sample()
+        spiking = self.watch.sentinel.streak > 0
+        if last or (done % config.save_every == 0 and not spiking):
+            self.save(val_loss)
+
+
+def print_plan(config: TrainConfig, checkpoint: dict[str, Any]) -> int:
+    """Print the budget of the run, and which settings fit; 0 if this one does, else 1."""
+    model = build_model(checkpoint["hf_config"], manifold_of(checkpoint), str(config.checkpoint))
+    available = round(config.memory * GIB) if config.memory else memory_total(config.device)
+    settings = memory_plan.Settings(
+        vote_rule=config.vote_rule,
+        vote_buffer=config.vote_buffer,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        peel=LayerPeel.parse(config.peel, config.peel_window),
+        gradient_checkpointing=config.gradient_checkpointing,
+        compute=config.compute,
+        cuda=torch.device(config.device).type == "cuda" or config.memory is not None,
+    )
+    text, fits = memory_plan.report(model, settings, available)
+    print(text)
+    return 0 if fits else 1
 
 
 def main(config: TrainConfig) -> int:
-    name = run_name(config.checkpoint)
-    existing = saved_steps(config.output_dir, name)
+    if config.plan:
+        return print_plan(config, load_checkpoint(config.checkpoint))
+    assert config.output_dir is not None, "checked by the config"
+    check_device(config.device)
+    make_deterministic(config.device)
+    folder = RunFolder(config.output_dir, run_name(config.checkpoint), config.keep_last)
+    existing = folder.saved()
     if existing and not config.resume:
         raise TrainError(
             f"{config.output_dir} holds a run ({existing[-1][1].name}): add --resume, or choose another folder"
         )
     source = config.checkpoint
     if config.resume:
-        source, checkpoint = newest_checkpoint(config.output_dir, name)
+        found = folder.newest()
+        if found is None:
+            raise TrainError(
+                f"nothing to resume: {folder.folder} has no whole {folder.name}_prime_step_N.pt; leave --resume out to "
+                "begin"
+            )
+        source, checkpoint = found
     else:
         checkpoint = load_checkpoint(source)
     tokenizer = tokenizer_from_checkpoint(checkpoint)
@@ -280,28 +477,40 @@ def main(config: TrainConfig) -> int:
     encoded, held = load_data(config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = PackedBatches(encoded, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=pad, seed=config.seed)
-    trainer = VoteTrainer(model, batches, config)
+    trainer = VoteTrainer(model, batches, config, config.watch())
+    best = None
     if config.resume:
         trainer.restore(checkpoint)
-    run = RunLog(config.output_dir)
-    run.config(
-        {
-            **asdict(config),
-            "lr": trainer.recipe.lr,
-            "started_from": source,
-            "created_by": created_by("qwen_prime_train.py"),
-        }
-    )
-    run.event("start", step=trainer.done, checkpoint=source)
-    path = train(trainer, held, checkpoint, config, run)
-    run.event("end", step=trainer.done, path=path)
+        best = checkpoint["train_state"].get("best")
+    base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}
+    session = Session(trainer, config, base, encoded, held, tokenizer, best)
+    settings: dict[str, Any] = {
+        **asdict(config),
+        "lr": trainer.recipe.lr,
+        "started_from": source,
+        "created_by": created_by("qwen_prime_train.py"),
+    }
+    session.run.config(settings)
+    session.run.event("start", step=trainer.done, checkpoint=source)
+    del checkpoint
+    path = session.go()
+    session.run.event("end", step=trainer.done, path=path)
     log.info("%s", path)
     return 0
 
 
+ERRORS = (
+    TrainError,
+    NightShiftError,
+    PeelError,
+    RuleError,
+    DataError,
+    ModelError,
+    CheckpointError,
+    GhostError,
+    DeviceError,
+    OSError,
+)
+
 if __name__ == "__main__":
-    raise SystemExit(
-        prime_cli.run(
-            TrainConfig, main, (TrainError, RuleError, DataError, ModelError, CheckpointError, GhostError, OSError)
-        )
-    )
+    raise SystemExit(prime_cli.run(TrainConfig, main, ERRORS))

@@ -383,6 +383,24 @@ def answer_loss(
 
 
 @torch.no_grad()
+def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> str:
+    """The most likely continuation of a prompt, at most so many tokens, without votes; the model's mode is kept.
+
+    Args:
+        prompt: token ids, at least one.
+    """
+    training = model.training
+    model.eval()
+    ids = torch.tensor([prompt], device=model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=pad
+    )
+    model.train(training)
+    return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+
+
+@torch.no_grad()
 def mean_answer_loss(
     model: PreTrainedModel, batches: Iterable[Any], description: str = "evaluate"
 ) -> tuple[float, int]:

@@ -20,6 +20,7 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,9 +36,9 @@ from night_shift import (
     Shape,
     TrainingGovernor,
     Verdict,
-    is_out_of_memory,
     layer_groups,
 )
+from prime_device import has_native_bfloat16, is_out_of_memory
 from qwen_prime_data import Batch, PackedBatches
 from qwen_prime_wrapper import answer_loss, copy_tensors
 from vote_rules import Ballot, VoteRule, rule_named
@@ -110,13 +111,6 @@ class Recipe:
         return rule_named(self.vote_rule, buffer=self.vote_buffer, beta=self.beta)
 
 
-def has_native_bfloat16(device: str) -> bool:
-    """Whether a device computes in bfloat16 itself; torch also says yes where it emulates. Never on a CPU, where few
-    can and none gains."""
-    kind = torch.device(device)
-    return kind.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def default_rate(width: int) -> float:
     """Learning rate for a model of that hidden size: inversely proportional, as rates of one optimizer transfer between
     widths (Yang et al. 2022, arXiv 2203.03466); the factor is the best of the measured tasks, of widths 128 and 256."""
@@ -181,8 +175,8 @@ class StepResult:
 class VoteTrainer:
     """The training state and the one operation on it, :meth:`step`; knows nothing of files or screens.
 
-    Owns the model (mutated), the ballot, the float optimizer, the data cursor and the watch. Without a watch every layer
-    is open, and what goes wrong is raised.
+    Owns the model (mutated), the ballot, the float optimizer, the data cursor and the watch. Without a watch every
+    layer is open, and what goes wrong is raised.
     """
 
     def __init__(
@@ -418,7 +412,7 @@ class VoteTrainer:
             batch = Batch(
                 ids.contiguous(), ids.contiguous(), torch.arange(shape.seq_len).expand_as(ids), 1, tokens, tokens
             )
-            fits = self._guarded(lambda batch=batch, tokens=tokens: self._backward("probe", batch, 0, 1 / tokens))
+            fits = self._guarded(partial(self._backward, "probe", batch, 0, 1 / tokens))
             self.ballot.close()
             self.optimizer.zero_grad(set_to_none=True)
             if fits is not None:
@@ -479,7 +473,7 @@ class VoteTrainer:
 
     def state(self) -> dict[str, Any]:
         """Everything beside the model's tensors that the next step depends on, as a checkpoint's ``train_state``."""
-        state = {
+        state: dict[str, Any] = {
             "step": self.done,
             "tokens": self.tokens,
             "seed": self.recipe.seed,
@@ -548,22 +542,15 @@ class VoteTrainer:
                 grid.heat = heats.get(group.name, 1.0)
 
     def roll_back(self, checkpoint: dict[str, Any]) -> None:
-        """Return to the weights, votes and step of a checkpoint of this run, or of the one it began with (``stage``
-        init), and go on from there with data that were not seen yet, at the sentinel's present heat and in the
-        present shape."""
+        """Return to the weights, votes and step of a checkpoint of this run, and go on from there with data that were
+        not seen yet, at the sentinel's present heat and in the present shape."""
         assert self.watch is not None, "a run that nobody watches is not rolled back"
+        state = checkpoint["train_state"]
         copy_tensors(self.model, checkpoint["model"])
+        self.done, self.tokens = state["step"], state["tokens"]
         self.optimizer = self._new_optimizer()
-        if checkpoint["stage"] == "train" and "contingency" in checkpoint["train_state"]:
-            state = checkpoint["train_state"]
-            self.done, self.tokens = state["step"], state["tokens"]
-            self.optimizer.load_state_dict(state["float_optimizer"])
-            if self.watch.governor is not None:
-                self.watch.governor.load_state_dict(state["governor"])
-            self._restore_votes(checkpoint["votes"])
-        else:
-            self.done = self.tokens = 0
-            if self.watch.governor is not None:
-                self.watch.governor.heat.clear()
-            self._restore_votes({})
+        self.optimizer.load_state_dict(state["float_optimizer"])
+        if self.watch.governor is not None:
+            self.watch.governor.load_state_dict(state["governor"])
+        self._restore_votes(checkpoint["votes"])
         self.optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,6 @@ The step itself is tested in test_vote_trainer.py.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
@@ -29,6 +28,7 @@ import verify_qwen_prime as verify
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
 from qwen_prime_wrapper import model_from_checkpoint
+from run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny_coder"
@@ -104,15 +104,7 @@ def quick(sources: dict[str, Path], tmp_path: Path) -> train.TrainConfig:
     )
 
 
-def errors_of_the_script() -> tuple[type[Exception], ...]:
-    """Those that the script's last lines name as meant for the user."""
-    tree = ast.parse(Path(train.__file__).read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "prime_cli.run"]
-    names = [ast.unparse(n) for n in calls[0].args[2].elts]  # type: ignore[attr-defined]
-    return tuple(OSError if name == "OSError" else getattr(train, name) for name in names)
-
-
-ERRORS = errors_of_the_script()
+ERRORS = train.ERRORS
 ARGUMENTS = ["--checkpoint", "x", "--data", "x", "--output-dir", "x"]
 
 
@@ -143,11 +135,25 @@ def test_a_run_learns_and_writes_what_it_promises(config: train.TrainConfig) -> 
     assert stats[-1]["loss"] < 0.7 * stats[0]["loss"]
     assert all(s["flips"] > 0 for s in stats)
     # Every 3 steps and at the end; the last two are kept.
-    assert [n for n, _ in train.saved_steps(config.output_dir, "tiny")] == [9, 10]
+    assert [n for n, _ in RunFolder(config.output_dir, "tiny", 3).saved()] == [9, 10]
     assert json.loads((config.output_dir / "config.json").read_text())["lr"] == config.lr
     events = list(read_lines(config.output_dir / "events.jsonl"))
-    assert [e["event"] for e in events] == ["start", "evaluation", "save", "save", "save", "save", "end"]
+    kinds = [e["event"] for e in events]
+    assert kinds == ["start", "evaluation", "save", "peel", "save", "save", "save", "save", "end"]
+    assert [e["step"] for e in events if e["event"] == "save"] == [0, 3, 6, 9, 10]
     assert stats[-1]["val_loss"] < 0.8 * events[1]["val_loss"]
+    # Of the steps that were both evaluated and saved, the best.
+    losses = {s["step"]: s["val_loss"] for s in stats if s["step"] in (6, 10)}
+    best = load_checkpoint(config.output_dir / "tiny_prime_best.pt")["train_state"]
+    assert best["step"] == best["best"]["step"] == min(losses, key=losses.__getitem__)
+    samples = list(read_lines(config.output_dir / "samples.jsonl"))
+    assert [s["step"] for s in samples] == [10, 10]
+    assert all(s["prompt"].startswith("<|im_start|>") and s["text"] and "def add_" in s["reference"] for s in samples)
+    # Votes point where fresh gradients point; shuffled votes do not.
+    assert set(stats[-1]["agreement"]) == set(stats[-1]["agreement_control"]) == {*map(str, range(6)), "head"}
+    mean = {k: sum(s[k]["head"] for s in stats[1:]) / 9 for k in ("agreement", "agreement_control")}
+    assert mean["agreement"] > 0.05 > abs(mean["agreement_control"])
+    assert all(1 / 6 <= c <= 1 for c in stats[-1]["consensus"].values())
 
 
 def test_the_rate_that_was_not_given_is_recorded(quick: train.TrainConfig) -> None:
@@ -249,7 +255,7 @@ def test_resume_is_bit_for_bit(
     assert train.main(whole) == 0
     half = replace(config, output_dir=tmp_path / "half")
     stop_after(2, half)
-    assert [n for n, _ in train.saved_steps(half.output_dir, manifold)] == [2]
+    assert [n for n, _ in RunFolder(half.output_dir, manifold, 3).saved()] == [0, 2]
     assert train.main(replace(half, resume=True)) == 0
     ends = [folder / f"{manifold}_prime_step_4.pt" for folder in (whole.output_dir, half.output_dir)]
     assert content(ends[0]) == content(ends[1])
@@ -268,7 +274,9 @@ def test_resume_passes_over_a_damaged_checkpoint(quick: train.TrainConfig, caplo
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    path, _ = train.newest_checkpoint(quick.output_dir, "prime-harmonic")
+    found = RunFolder(quick.output_dir, "prime-harmonic", 3).newest()
+    assert found is not None
+    path, _ = found
     assert path.name == "prime-harmonic_prime_step_2.pt"
     assert "damaged" in caplog.text
 
@@ -288,7 +296,7 @@ def test_sigint_in_a_real_process_saves_and_exits_0(quick: train.TrainConfig) ->
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     steps = [s["step"] for s in read_lines(stats)]
-    assert [n for n, _ in train.saved_steps(quick.output_dir, "prime-harmonic")] == [steps[-1]]
+    assert [n for n, _ in RunFolder(quick.output_dir, "prime-harmonic", 3).saved()] == [0, steps[-1]]
     assert "--resume" in errors
 
 
@@ -318,7 +326,7 @@ OTHER_RUNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"vote_rule": "compact"}, "vote_rule"),
     ({"vote_rule": "compact"}, {"vote_rule": "momentum"}, "compact"),
     ({"vote_rule": "compact"}, {"vote_rule": "stochastic"}, "compact"),
-    ({}, {"grad_accum": 3}, "micro_batches"),
+    ({}, {"grad_accum": 3}, "--grad-accum"),
 ]
 
 

@@ -1,0 +1,212 @@
+"""What a run needs of the memory, before it asks for any: a budget line by line, from shapes alone.
+
+The model is built on the meta device, so nothing is allocated. Static lines are exact: they count tensors. Those of a
+step follow the three places where memory peaks, of which only the largest counts because they follow one another: the
+head (a slice of its weights, that slice's logits, and its weight gradient), the widest layer (its activations,
+computed again in the backward pass, one slice of weights and one of weight gradients), and the forward pass of that
+layer without checkpointing. What an allocator and a library add is an allowance, measured and named as such.
+
+``qwen_prime_bench.py memory`` measures the same settings; the two are compared in README.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ghost_core import SLICE_ELEMENTS, GhostGrid
+from night_shift import LayerGroup, LayerPeel, layer_groups
+from vote_rules import VoteRule, rule_named
+
+GB = 1_000_000_000
+"""Sizes are printed in decimal gigabytes, as models' and cards' makers count them."""
+CUDA_CONTEXT = 450_000_000
+"""Allowance for a CUDA context with cuBLAS; not measured here, 0.3 to 0.6 GB by card and driver."""
+ALLOWANCE = 0.10
+"""Share of a step's activations and slices that allocators keep beyond what is in use."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run decides its memory; fields as those of the trainer."""
+
+    vote_rule: str = "momentum"
+    vote_buffer: str | None = None
+    seq_len: int = 512
+    batch_size: int = 1
+    peel: LayerPeel = field(default_factory=LayerPeel)
+    gradient_checkpointing: bool = True
+    compute: str = "float32"
+    cuda: bool = False
+
+    @property
+    def rule(self) -> VoteRule:
+        """The vote rule."""
+        return rule_named(self.vote_rule, buffer=self.vote_buffer)
+
+    @property
+    def flags(self) -> str:
+        """The settings as the trainer's flags."""
+        window = f" --peel-window {self.peel.window}" if self.peel.window else ""
+        parts = [f"--vote-rule {self.vote_rule}", f"--peel {self.peel}{window}", f"--seq-len {self.seq_len}"]
+        return " ".join([*parts, *([f"--batch-size {self.batch_size}"] if self.batch_size > 1 else [])])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a budget."""
+
+    what: str
+    bytes: int
+    note: str = ""
+
+
+def most_open(peel: LayerPeel, layers: int) -> int:
+    """The largest number of layers that a schedule ever opens together."""
+    return min(peel.window or layers, layers)
+
+
+def budget(model: PreTrainedModel, settings: Settings, open_layers: int | None = None) -> list[Line]:
+    """What a run needs at its peak with the head and ``open_layers`` layers open (default: the most that the schedule
+    ever opens).
+
+    Args:
+        model: ghost modules, on any device; meta will do.
+    """
+    *layers, top = layer_groups(model)
+    count = most_open(settings.peel, len(layers)) if open_layers is None else open_layers
+    opened = sorted(layers, key=_weights, reverse=True)[:count]
+    everything, voting = [*layers, top], [*opened, top]
+    rule = settings.rule
+    grids = [g for group in everything for g in group.grids.values()]
+    floats = sum(p.numel() for group in everything for p in group.floats.values())
+    open_floats = sum(p.numel() for group in voting for p in group.floats.values())
+    open_weights, open_rows = (sum(f(g) for g in voting) for f in (_weights, _rows))
+    weights = sum(g.indices.numel() for g in grids)
+    buffer, rows = rule.bytes_per_weight - 2, sum(map(_rows, everything))
+    lines = [
+        Line("indices", 2 * weights, f"{weights:,} weights x 2"),
+        Line("votes", buffer * open_weights, f"{open_weights:,} open weights x {buffer}"),
+        Line("row scales and row state", 4 * rows + _row_state(rule) * open_rows, f"{open_rows:,} open rows"),
+        Line("norms and biases", 4 * floats + 12 * open_floats, "with gradient and AdamW"),
+        Line("tables", _tables(grids[0]), f"manifold {grids[0].manifold.name}"),
+    ]
+    lines += _step_lines(model, settings, layers, top, count)
+    if settings.cuda:
+        lines.append(Line("CUDA context", CUDA_CONTEXT, "an allowance"))
+    return lines
+
+
+def _weights(group: LayerGroup) -> int:
+    return sum(g.indices.numel() for g in group.grids.values())
+
+
+def _rows(group: LayerGroup) -> int:
+    return sum(g.shape[0] for g in group.grids.values())
+
+
+def _row_state(rule: VoteRule) -> int:
+    """Bytes per open row: means, sums, and what is computed from them once a step (yardstick, gain, inverse scale)."""
+    return 4 * len(rule.row_means) + 8 * len(rule.row_sums) + 4 + 8 + 8
+
+
+def _tables(grid: GhostGrid) -> int:
+    manifold = grid.manifold
+    return sum(t.numel() * t.element_size() for t in vars(manifold).values() if hasattr(t, "element_size"))
+
+
+def _step_lines(
+    model: PreTrainedModel, settings: Settings, layers: Sequence[LayerGroup], top: LayerGroup, open_layers: int
+) -> list[Line]:
+    config: Any = model.config
+    tokens = settings.seq_len * settings.batch_size
+    hidden, width = config.hidden_size, 2 if settings.compute == "bfloat16" else 4
+    row = 4 * tokens * hidden
+    graph = len(layers) if open_layers == len(layers) else open_layers
+    kept = (graph if settings.gradient_checkpointing else 0) * row
+    layer = _layer_bytes(config, tokens, width)
+    slices = [_slice_bytes(g, width) for group in layers for g in group.grids.values()]
+    widest = max(slices, default=0)
+    # Dense weights and their gradient, or the next slice's weights beside this one's gradient.
+    layer_peak = layer + 2 * widest if graph else layer + widest
+    if not settings.gradient_checkpointing:
+        layer_peak += layer * max(0, graph - 1)
+    head = max(top.grids.values(), key=lambda g: g.indices.numel())
+    columns = min(max(1, SLICE_ELEMENTS // head.shape[1]), head.shape[0])
+    # Logits, their softmax and its cast; weights and their gradient; the hidden states, normed, and their gradient.
+    head_peak = 2 * 4 * tokens * columns + 2 * _slice_bytes(head, width) + 4 * row
+    mask = settings.batch_size * settings.seq_len**2 * 5
+    peak, where = max((layer_peak, "in a layer"), (head_peak, "in the head"))
+    lines = [
+        Line("layer inputs kept for the backward pass", kept, f"{graph if kept else 0} x {tokens} x {hidden} x 4"),
+        Line("attention mask, hidden states", mask + 3 * row, ""),
+        Line(f"activations and slices {where}", peak, "the larger of layer and head"),
+    ]
+    extra = math.ceil(ALLOWANCE * sum(line.bytes for line in lines))
+    return [*lines, Line("allocators", extra, f"an allowance, {ALLOWANCE:.0%} of the three lines above")]
+
+
+def _layer_bytes(config: Any, tokens: int, width: int) -> int:
+    """Activations of one decoder layer that its backward pass holds, with the gradients that meet them."""
+    hidden = config.hidden_size
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * size, config.num_key_value_heads * size
+    # Norms work in float32 whatever the products do: input, normed, scaled, twice; residuals and their gradients.
+    norms = 4 * tokens * hidden * 10
+    attention = width * tokens * (6 * queries + 8 * keys)
+    # gate, up, silu(gate), their product; the gradients of the last three.
+    mlp = width * tokens * config.intermediate_size * 7
+    return norms + attention + mlp
+
+
+def _slice_bytes(grid: GhostGrid, width: int) -> int:
+    """One slice of dense weights: float32, and again in the type of the products where that is another."""
+    rows, columns = grid.shape
+    elements = min(rows, max(1, SLICE_ELEMENTS // columns)) * columns
+    return elements * (4 if width == 4 else 4 + width)
+
+
+def total(lines: Sequence[Line]) -> int:
+    """Sum of a budget in bytes."""
+    return sum(line.bytes for line in lines)
+
+
+def alternatives(settings: Settings) -> list[Settings]:
+    """The settings themselves, then others in the order in which a user would give something up."""
+    other = "compact" if settings.vote_rule != "compact" else "momentum"
+    window = LayerPeel.parse("v7", 8)
+    shorter = sorted({s for s in (settings.seq_len, 512, 384, 256) if s <= settings.seq_len}, reverse=True)
+    found = [settings]
+    for length in shorter:
+        for peel in dict.fromkeys((settings.peel, window)):
+            for rule in (settings.vote_rule, other):
+                found.append(
+                    replace(settings, seq_len=length, peel=peel, vote_rule=rule, vote_buffer=None, batch_size=1)
+                )
+    return list(dict.fromkeys(found))
+
+
+def report(model: PreTrainedModel, settings: Settings, available: int) -> tuple[str, bool]:
+    """The budget as text, whether it fits into ``available`` bytes, and which other settings do."""
+    lines = budget(model, settings)
+    layers = len(layer_groups(model)) - 1
+    need = total(lines)
+    width = max(len(line.what) for line in lines)
+    out = [f"{line.what:<{width}}  {line.bytes / GB:7.3f} GB  {line.note}" for line in lines]
+    out.append(f"{'total':<{width}}  {need / GB:7.3f} GB  {most_open(settings.peel, layers)} of {layers} layers open")
+    if settings.peel.every:
+        first = total(budget(model, settings, 0))
+        out.append(f"{'before the first unlock':<{width}}  {first / GB:7.3f} GB")
+    fits = need <= available
+    out.append("")
+    out.append(f"{'fits' if fits else 'does not fit'}: {need / GB:.2f} of {available / GB:.2f} GB")
+    out.append("")
+    for other in alternatives(settings):
+        size = total(budget(model, other))
+        out.append(f"  {'fits        ' if size <= available else 'does not fit'}  {size / GB:6.2f} GB  {other.flags}")
+    return "\n".join(out), fits

@@ -1,0 +1,89 @@
+"""What the machine is and can do: device, architecture, memory. Nothing of models."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+class DeviceError(RuntimeError):
+    """A device that is not there, or that the installed torch has no code for."""
+
+
+def has_native_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself; torch also says yes where it emulates. Never on a CPU, where few
+    can and none gains."""
+    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_device(device: str) -> None:
+    """The device exists and the installed torch has code for it.
+
+    Raises:
+        DeviceError: with the command that installs a torch that has.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise DeviceError(f"device is {device}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
+    major, minor = torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()
+    if not any(_runs_on(architecture, major, minor) for architecture in built):
+        version = torch.__version__.split("+")[0]
+        raise DeviceError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, torch {torch.__version__} "
+            f"was built for {', '.join(built) or 'none'}. A build that has it: "
+            f"pip install uv && uv pip install --reinstall torch=={version} --torch-backend=cu126"
+        )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Machine code runs on its own generation from its revision up, intermediate code on everything later."""
+    kind, _, number = architecture.partition("_")
+    digits = "".join(c for c in number if c.isdigit())
+    if not digits:
+        return False
+    has = int(digits[:-1]), int(digits[-1])
+    if kind == "compute":
+        return has <= (major, minor)
+    return has[0] == major and has[1] <= minor
+
+
+def make_deterministic(device: str) -> None:
+    """Ask torch for the same bits in every run, where a device would choose speed; to be called before its first
+    use."""
+    if torch.device(device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def memory_total(device: str) -> int:
+    """Bytes of the device, or of the machine (or its container's limit) for the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
+def memory_peak(device: str) -> int:
+    """Peak bytes on the device, or peak resident memory of the process on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: the device's allocator, the CPU's, or Python's own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate memory", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
