@@ -33,7 +33,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -565,49 +565,56 @@ def encode_records(
     )
 
 
-def shorten(encoded: EncodedSet, seq_len: int) -> tuple[EncodedSet, np.ndarray]:
+@dataclass(frozen=True)
+class Spans:
+    """Documents as ranges of an ``EncodedSet``'s tokens, nothing copied.
+
+    Attributes:
+        start, stop: int64 ``(n,)``.
+        origin: int64 ``(n,)``, the document that each is (a part of), not falling.
+    """
+
+    start: np.ndarray
+    stop: np.ndarray
+    origin: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, int64 ``(n,)``."""
+        return self.stop - self.start
+
+    @staticmethod
+    def of(encoded: EncodedSet) -> Spans:
+        """The documents as they are."""
+        return Spans(encoded.starts[:-1], encoded.starts[1:], np.arange(len(encoded)))
+
+
+def shorten(encoded: EncodedSet, seq_len: int) -> Spans:
     """The same documents in at most ``seq_len`` tokens, by the rules of ``encode_records``: longer texts (every token
     but the first a target) are spread over several documents, longer conversations cut, or dropped where the cut leaves
-    no target.
-
-    Returns:
-        The documents, and for each of them the index of the one it comes from, int64, not falling.
+    no target. Where a piece begins its first token is no target.
 
     Raises ``DataError`` when none is left.
     """
     if seq_len < 2:
         raise DataError(f"seq_len is {seq_len}, expected at least 2: a target needs a token before it (--seq-len)")
-    spans: list[tuple[int, int]] = []
-    origin: list[int] = []
-    dropped = 0
-    for index, (start, stop) in enumerate(zip(encoded.starts[:-1].tolist(), encoded.starts[1:].tolist(), strict=True)):
-        if stop - start <= seq_len:
-            pieces = [(start, stop)]
-        elif encoded.answer[start + 1 : stop].all():
-            pieces = [(first, min(first + seq_len, stop)) for first in range(start, stop - 1, seq_len - 1)]
+    whole = Spans.of(encoded)
+    short = whole.lengths <= seq_len
+    parts = [np.stack([whole.start[short], whole.stop[short], whole.origin[short]])]
+    for index in np.flatnonzero(~short).tolist():
+        start, stop = int(whole.start[index]), int(whole.stop[index])
+        if encoded.answer[start + 1 : stop].all():
+            first = np.arange(start, stop - 1, seq_len - 1)
+        elif encoded.answer[start + 1 : start + seq_len].any():
+            first = np.array([start])
         else:
-            pieces = [(start, start + seq_len)] if encoded.answer[start + 1 : start + seq_len].any() else []
-            dropped += not pieces
-        spans += pieces
-        origin += [index] * len(pieces)
-    if not spans:
-        raise DataError(
-            f"none of {len(encoded)} documents has a target within {seq_len} tokens; give a larger --seq-len"
-        )
-    answer = np.concatenate([encoded.answer[a:b] for a, b in spans])
-    starts = np.cumsum([0, *(b - a for a, b in spans)], dtype=np.int64)
-    answer[starts[:-1]] = False
-    parts = np.array(origin, dtype=np.int64)
-    shorter = replace(
-        encoded,
-        input_ids=np.concatenate([encoded.input_ids[a:b] for a, b in spans]),
-        answer=answer,
-        starts=starts,
-        record=encoded.record[parts],
-        seq_len=seq_len,
-        dropped=encoded.dropped + dropped,
-    )
-    return shorter, parts
+            continue
+        parts.append(np.stack([first, np.minimum(first + seq_len, stop), np.full_like(first, index)]))
+    start, stop, origin = np.concatenate(parts, axis=1)
+    if not len(start):
+        raise DataError(f"none of {len(encoded)} documents has a target in {seq_len} tokens; give a larger --seq-len")
+    order = np.argsort(start, kind="stable")
+    return Spans(start[order], stop[order], origin[order])
 
 
 def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
@@ -852,7 +859,7 @@ class PackedBatches:
         self.pad_id = pad_id
         self.seed = seed
         self.shuffle = shuffle
-        self._whole = encoded, seq_len, batch_size
+        self._whole = seq_len, batch_size
         self._earlier: tuple[tuple[int, int], ...] = ()
         self._row = 0
         self._enter(0)
@@ -871,13 +878,13 @@ class PackedBatches:
     @property
     def fill(self) -> float:
         """Share of the current epoch's positions that is not padding."""
-        return fill_share(self._rows, self.encoded.lengths, self.seq_len)
+        return fill_share(self._rows, self._spans.lengths, self.seq_len)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that fixes the order of batches except the seed: ids, masks, borders, shuffle, and the sizes
         before any ``resize``."""
-        encoded, seq_len, batch_size = self._whole
+        encoded, (seq_len, batch_size) = self.encoded, self._whole
         digest = hashlib.sha256(f"packing 1, {seq_len}, {batch_size}, {self.shuffle}\0".encode())
         for array, dtype in ((encoded.input_ids, "<i4"), (encoded.answer, "u1"), (encoded.starts, "<i8")):
             digest.update(np.ascontiguousarray(array, dtype=dtype).data)
@@ -894,7 +901,7 @@ class PackedBatches:
                 self._enter(self._epoch + 1)
             rows.append(self._rows[self._row])
             self._row += 1
-        return _assemble(self.encoded, rows, self.seq_len, self.pad_id)
+        return _assemble(self.encoded, self._spans, rows, self.seq_len, self.pad_id)
 
     def resize(self, seq_len: int, batch_size: int) -> None:
         """Batches of ``batch_size`` rows of ``seq_len`` tokens from the next one on; longer documents are cut as by
@@ -902,16 +909,16 @@ class PackedBatches:
 
         Raises ``DataError``, nothing changed, for more tokens than the documents were encoded for.
         """
-        if not 2 <= seq_len <= self._whole[1] or batch_size < 1:
+        if not 2 <= seq_len <= self._whole[0] or batch_size < 1:
             raise DataError(
-                f"rows of {seq_len} tokens in batches of {batch_size}, expected 2 to {self._whole[1]} and at least 1"
+                f"rows of {seq_len} tokens in batches of {batch_size}, expected 2 to {self._whole[0]} and at least 1"
             )
         self.batch_size = batch_size
         if seq_len == self.seq_len:
             return
         earlier = (*self._earlier, (self.seq_len, self._row))
-        encoded, rows = self._plan(self._epoch, seq_len, earlier)
-        self.encoded, self.seq_len, self._earlier, self._rows, self._row = encoded, seq_len, earlier, rows, 0
+        spans, rows = self._plan(self._epoch, seq_len, earlier)
+        self._spans, self.seq_len, self._earlier, self._rows, self._row = spans, seq_len, earlier, rows, 0
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor in plain types: ``epoch`` and ``row`` of the next row, ``seed``, ``fingerprint``; the present
@@ -949,46 +956,41 @@ class PackedBatches:
             )
         seq_len, batch_size = state["seq_len"], state["batch_size"]
         earlier = tuple((int(tokens), int(rows)) for tokens, rows in state["earlier"])
-        whole = self._whole[1]
+        whole = self._whole[0]
         if not all(2 <= s <= whole for s in (seq_len, *(s for s, _ in earlier))) or batch_size < 1:
             raise DataError(
                 f"data state: got rows of {seq_len} tokens in batches of {batch_size}, expected 2 to {whole} and at "
                 "least 1; the checkpoint is damaged, resume from an older one"
             )
-        encoded, rows = self._plan(state["epoch"], seq_len, earlier) if state["epoch"] >= 0 else (self.encoded, [])
+        spans, rows = self._plan(state["epoch"], seq_len, earlier) if state["epoch"] >= 0 else (self._spans, [])
         if not 0 <= state["row"] <= len(rows) or not (rows or earlier):
             raise DataError(
                 f"data state: got row {state['row']} of epoch {state['epoch']}, expected 0 to {len(rows)}; the "
                 "checkpoint is damaged, resume from an older one"
             )
         self._epoch, self._row, self._rows, self._earlier = state["epoch"], state["row"], rows, earlier
-        self.encoded, self.seq_len, self.batch_size = encoded, seq_len, batch_size
+        self._spans, self.seq_len, self.batch_size = spans, seq_len, batch_size
 
     def _enter(self, epoch: int) -> None:
         self._epoch = epoch
-        self.encoded, self._rows = self._plan(epoch, self.seq_len, ())
+        self._spans, self._rows = self._plan(epoch, self.seq_len, ())
 
-    def _plan(self, epoch: int, seq_len: int, earlier: Sequence[tuple[int, int]]) -> tuple[EncodedSet, list[list[int]]]:
+    def _plan(self, epoch: int, seq_len: int, earlier: Sequence[tuple[int, int]]) -> tuple[Spans, list[list[int]]]:
         """Documents at that length, and the rows of those that the epoch has not dealt out in ``earlier`` sizes."""
-        whole = self._whole[0]
-        waiting = np.ones(len(whole), dtype=bool)
+        waiting = np.ones(len(self.encoded), dtype=bool)
         for tokens, count in earlier:
-            _, rows, origin = self._pack(epoch, tokens, waiting)
+            spans, rows = self._pack(epoch, tokens, waiting)
             # A text in several pieces counts as dealt out with the first of them.
-            waiting[origin[[i for row in rows[:count] for i in row]]] = False
-        encoded, rows, _ = self._pack(epoch, seq_len, waiting)
-        return encoded, rows
+            waiting[spans.origin[[i for row in rows[:count] for i in row]]] = False
+        return self._pack(epoch, seq_len, waiting)
 
-    def _pack(self, epoch: int, seq_len: int, waiting: np.ndarray) -> tuple[EncodedSet, list[list[int]], np.ndarray]:
-        whole, longest, _ = self._whole
-        if seq_len == longest:
-            encoded, origin = whole, np.arange(len(whole))
-        else:
-            encoded, origin = shorten(whole, seq_len)
-        chosen = np.flatnonzero(waiting[origin])
-        lengths = encoded.lengths[chosen]
+    def _pack(self, epoch: int, seq_len: int, waiting: np.ndarray) -> tuple[Spans, list[list[int]]]:
+        whole = seq_len == self._whole[0]
+        spans = Spans.of(self.encoded) if whole else shorten(self.encoded, seq_len)
+        chosen = np.flatnonzero(waiting[spans.origin])
+        lengths = spans.lengths[chosen]
         rows = pack(lengths, seq_len, self.seed, epoch) if self.shuffle else pack_in_order(lengths, seq_len)
-        return encoded, [chosen[row].tolist() for row in rows], origin
+        return spans, [chosen[row].tolist() for row in rows]
 
 
 def evaluation_batches(encoded: EncodedSet, seq_len: int, batch_size: int, pad_id: int) -> Iterator[Batch]:
@@ -999,7 +1001,7 @@ def evaluation_batches(encoded: EncodedSet, seq_len: int, batch_size: int, pad_i
     _check_sizes(encoded, seq_len, batch_size, pad_id)
     rows = pack_in_order(encoded.lengths, seq_len)
     return (
-        _assemble(encoded, rows[first : first + batch_size], seq_len, pad_id)
+        _assemble(encoded, Spans.of(encoded), rows[first : first + batch_size], seq_len, pad_id)
         for first in range(0, len(rows), batch_size)
     )
 
@@ -1014,7 +1016,7 @@ def _check_sizes(encoded: EncodedSet, seq_len: int, batch_size: int, pad_id: int
     _checked_lengths(encoded.lengths, seq_len)
 
 
-def _assemble(encoded: EncodedSet, rows: Sequence[Sequence[int]], seq_len: int, pad_id: int) -> Batch:
+def _assemble(encoded: EncodedSet, spans: Spans, rows: Sequence[Sequence[int]], seq_len: int, pad_id: int) -> Batch:
     ids = np.full((len(rows), seq_len), pad_id, dtype=np.int64)
     labels = np.full((len(rows), seq_len), NOT_LEARNED, dtype=np.int64)
     positions = np.zeros((len(rows), seq_len), dtype=np.int64)
@@ -1023,7 +1025,7 @@ def _assemble(encoded: EncodedSet, rows: Sequence[Sequence[int]], seq_len: int, 
     for r, row in enumerate(rows):
         at = 0
         for document in row:
-            start, stop = encoded.starts[document], encoded.starts[document + 1]
+            start, stop = spans.start[document], spans.stop[document]
             end = at + int(stop - start)
             ids[r, at:end] = encoded.input_ids[start:stop]
             labels[r, at:end] = np.where(encoded.answer[start:stop], ids[r, at:end], NOT_LEARNED)

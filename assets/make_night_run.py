@@ -99,9 +99,11 @@ class Accidents:
     def watched(self, trainer: Any) -> Any:
         """A step during which another thread looks at the address space."""
         done = threading.Event()
-        before = virtual_bytes()
+        before = 0
 
         def look() -> None:
+            nonlocal before
+            before = virtual_bytes()
             while not done.wait(0.0005):
                 self.peak = max(self.peak, virtual_bytes() - before)
 
@@ -162,7 +164,7 @@ def night(folder: Path) -> None:
         importer.main(importer.ImportConfig(model=str(ASSETS / "tiny_coder"), output=init))
     stats = folder / "run" / "stats.jsonl"
     # Every large block is given back when it is freed, as on a card, so that the limit bites on what is in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
     signals = [(TERMINATE, signal.SIGTERM), (KILL, signal.SIGKILL)]
     starts = []
     while True:

@@ -764,15 +764,11 @@ def test_shorter_documents_follow_the_rules_of_encoding():
     answer[1] = True
     answer[27] = True
     encoded = dataclasses.replace(encoded, answer=answer)
-    shorter, origin = data.shorten(encoded, 5)
-    assert origin.tolist() == [0, 1, 1, 3], "a text is split, a conversation without a target left is dropped"
-    assert shorter.lengths.tolist() == [5, 5, 5, 3]
-    text = encoded.document(1).input_ids
-    assert [*shorter.document(1).input_ids, *shorter.document(2).input_ids[1:]] == list(text)
-    assert shorter.seq_len == 5
-    assert shorter.dropped == 1
-    assert not shorter.answer[shorter.starts[:-1]].any()
-    with pytest.raises(data.DataError, match="none of 4"):
+    spans = data.shorten(encoded, 5)
+    assert spans.origin.tolist() == [0, 1, 1, 3], "a text is split, a conversation without a target left is dropped"
+    assert spans.lengths.tolist() == [5, 5, 5, 3]
+    assert (spans.start[1], spans.stop[1] - 1, spans.stop[2]) == (5, spans.start[2], 14)
+    with pytest.raises(data.DataError, match="no"):
         data.shorten(dataclasses.replace(encoded, answer=np.zeros(29, dtype=bool)), 2)
 
 
@@ -780,9 +776,15 @@ def test_shorten_equals_encoding_at_that_length(tiny):
     records = ["one two three four five six seven eight nine ten " * 3, "short"]
     long = data.encode_records(records, tiny, 400, progress=False)
     wanted = data.encode_records(records, tiny, 7, progress=False)
-    got, _ = data.shorten(long, 7)
-    for name in ("input_ids", "answer", "starts", "record"):
-        assert np.array_equal(getattr(got, name), getattr(wanted, name)), name
+    spans = data.shorten(long, 7)
+    got = [long.input_ids[a:b].tolist() for a, b in zip(spans.start, spans.stop, strict=True)]
+    assert got == [list(wanted.document(i).input_ids) for i in range(len(wanted))]
+    # And the batches are those of documents encoded at that length.
+    settings = {"batch_size": 2, "pad_id": 0, "seed": 3}
+    cut, short = PackedBatches(long, seq_len=400, **settings), PackedBatches(wanted, seq_len=7, **settings)
+    cut.resize(7, 2)
+    for _ in range(4):
+        assert same(next(cut), next(short))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
