@@ -130,7 +130,7 @@ class Accidents:
             handle = model.model.layers[2].register_forward_hook(broken)
         if self.armed and ballot.mode == "cast" and ballot.micro_batch == 1:
             # In the middle of a step: the first micro-batch has voted.
-            limit = virtual_bytes() + round(0.85 * self.peak)
+            limit = virtual_bytes() + round(0.92 * self.peak)
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
             self.armed = False
         loss, count = self.loss(model, *inputs)
@@ -164,7 +164,7 @@ def night(folder: Path) -> None:
         importer.main(importer.ImportConfig(model=str(ASSETS / "tiny_coder"), output=init))
     stats = folder / "run" / "stats.jsonl"
     # Every large block is given back when it is freed, as on a card, so that the limit bites on what is in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
     signals = [(TERMINATE, signal.SIGTERM), (KILL, signal.SIGKILL)]
     starts = []
     while True:
