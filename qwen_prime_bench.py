@@ -2,14 +2,16 @@
 
     python qwen_prime_bench.py kernels
     python qwen_prime_bench.py import --geometry Qwen2.5-Coder-1.5B
+    python qwen_prime_bench.py memory --settings coder-512 --steps 2
     python qwen_prime_bench.py quality --tasks stdlib --methods adamw momentum
 
 ``kernels`` times every hot operation against what it replaces, alternating in one process, medians over rounds:
-machines are shared, so the ratio within a round counts, not the time. Then it trains one whole step of a model of about
-a hundred million parameters and says how much of it went into casting and applying votes. ``import`` writes a model
-folder of a real geometry with random weights and converts it in a process of its own, whose time and peak memory are
-reported. ``quality`` compares training methods by what they learn and what they forget (``prime_quality.py``); its
-results file grows line by line, so it can be stopped and called again.
+machines are shared, so the ratio within a round counts, not the time. Then it trains one whole step of a model of
+about a hundred million parameters and says how much of it went into casting and applying votes. ``import`` writes a
+model folder of a real geometry with random weights and converts it in a process of its own, whose time and peak memory
+are reported. ``memory`` trains whole steps of the real geometries and compares the peak with the plan. ``quality``
+compares training methods by what they learn and what they forget (``prime_quality.py``); its results file grows line
+by line, so it can be stopped and called again.
 """
 
 from __future__ import annotations
@@ -40,11 +42,14 @@ from transformers import PreTrainedModel
 
 import ghost_kernels as kernels
 import manifolds
+import memory_plan
 import prime_cli
 import prime_quality as quality
 import vote_trainer
 from ghost_core import GhostError, GhostGrid
+from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, NightShiftError, Shape, TrainingGovernor
 from prime_checkpoint import CheckpointError
+from prime_device import memory_peak
 from prime_telemetry import read_lines
 from qwen_prime_data import Batch, DataError
 from qwen_prime_wrapper import (
@@ -56,7 +61,7 @@ from qwen_prime_wrapper import (
     source_name,
 )
 from vote_rules import rule_named
-from vote_trainer import Recipe, VoteTrainer
+from vote_trainer import NightWatch, Recipe, TrainError, VoteTrainer
 
 log = logging.getLogger("bench")
 
@@ -111,6 +116,28 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class MemorySetting:
+    """A geometry and how it is trained: batch 1, gradient checkpointing, float32."""
+
+    geometry: str
+    vote_rule: str
+    seq_len: int
+    peel: str = "none"
+    limit_gb: float | None = None
+    """What it may need."""
+
+
+MEMORY_SETTINGS = {
+    "coder-512": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, limit_gb=6.0),
+    "coder-512-compact": MemorySetting("Qwen2.5-Coder-1.5B", "compact", 512, limit_gb=4.6),
+    "coder-1024": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 1024, limit_gb=6.6),
+    "qwen3-512": MemorySetting("Qwen3-1.7B", "momentum", 512, limit_gb=6.8),
+    "coder-512-phase-1": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, "v7", limit_gb=4.2),
+    "hundred-million": MemorySetting("hundred-million", "momentum", 512),
+}
+
+
 class BenchError(RuntimeError):
     """A measurement that cannot be made here."""
 
@@ -149,6 +176,28 @@ class KernelBench:
     def __post_init__(self) -> None:
         if min(self.rows, self.columns, self.rounds) < 1:
             raise ValueError("rows, columns and rounds are expected to be at least 1")
+
+
+@dataclass(frozen=True)
+class MemoryBench:
+    """Peak memory of training steps on real geometries with random weights, beside what --plan says."""
+
+    settings: tuple[str, ...] = ()
+    """Which of the settings, by name; all by default."""
+    steps: int = 1
+    """Training steps of one micro-batch."""
+    device: str = "cpu"
+    """Where to train; on the CPU memory is what is resident beyond what the imports are."""
+    json: Path | None = None
+    """Also write the results as JSON."""
+    worker: bool = False
+    """For internal use: measure the one selected setting in this process and print its line."""
+
+    def __post_init__(self) -> None:
+        if unknown := [x for x in self.settings if x not in MEMORY_SETTINGS]:
+            raise ValueError(f"settings has {unknown[0]}, expected of {', '.join(MEMORY_SETTINGS)}")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -200,6 +249,7 @@ class QualityBench:
 BenchConfig = (
     Annotated[ImportBench, tyro.conf.subcommand("import")]
     | Annotated[KernelBench, tyro.conf.subcommand("kernels")]
+    | Annotated[MemoryBench, tyro.conf.subcommand("memory")]
     | Annotated[QualityBench, tyro.conf.subcommand("quality")]
 )
 
@@ -386,11 +436,16 @@ class _Endless:
 
     def __init__(self, vocabulary: int, tokens: int) -> None:
         self.vocabulary, self.tokens = vocabulary, tokens
+        self.seq_len, self.batch_size, self.pad_id = tokens, 1, 0
         self.generator = torch.Generator().manual_seed(0)
 
     def __next__(self) -> Batch:
         ids = torch.randint(self.vocabulary, (1, self.tokens), generator=self.generator)
         return Batch(ids, ids.clone(), torch.arange(self.tokens)[None], 1, self.tokens, self.tokens - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: random tokens need not be dealt out twice."""
+        return {}
 
 
 def bench_step(micro_batches: int, vote_rule: str) -> dict[str, Any]:
@@ -435,6 +490,94 @@ def bench_step(micro_batches: int, vote_rule: str) -> dict[str, Any]:
     }
 
 
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
+    """Train so many steps of one micro-batch in this process; bytes above those before the model was built.
+
+    The watch of a real run is on, so its probe of the coming shape is part of the peak.
+    """
+    setting = MEMORY_SETTINGS[name]
+    rule = rule_named(setting.vote_rule)
+    on_cpu = torch.device(device).type == "cpu"
+    # A first small product starts the libraries' threads, whose memory belongs to the imports.
+    (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
+    before = resident_bytes() if on_cpu else 0
+    model = random_model(setting.geometry, manifolds.build("compact" if rule.vote_bits else manifolds.DEFAULT))
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    recipe = Recipe(steps=100, grad_accum=1, lr=1e-4, vote_rule=cast(Any, setting.vote_rule), device=device)
+    peel = LayerPeel.parse(setting.peel)
+    watch = NightWatch(
+        peel,
+        AntigravitySentinel(),
+        TrainingGovernor.for_rule(setting.vote_rule),
+        MemoryContingency(Shape(setting.seq_len, 1, 1)),
+    )
+    trainer = VoteTrainer(model, cast(Any, _Endless(model.config.vocab_size, setting.seq_len)), recipe, watch)
+    seconds, losses, flips = [], [], 0
+    for _ in range(steps):
+        started = time.perf_counter()
+        result = trainer.step()
+        seconds.append(round(time.perf_counter() - started, 1))
+        losses.append(round(result.loss, 4))
+        flips += sum(m.flips for m in result.moved.values())
+        if result.events and result.events[-1][0] == "out_of_memory":
+            raise BenchError(f"{name}: out of memory, {result.events[-1][1]}")
+    peak = memory_peak(device) - before
+    open_layers = len(trainer.supervisor.now or ())
+    settings = memory_plan.Settings(
+        vote_rule=setting.vote_rule, seq_len=setting.seq_len, peel=peel, compute=recipe.compute, cuda=not on_cpu
+    )
+    planned = memory_plan.total(memory_plan.budget(model, settings, open_layers))
+    if not on_cpu:
+        planned -= memory_plan.CUDA_CONTEXT
+    return {
+        "setting": name,
+        **{key: getattr(setting, key) for key in ("geometry", "vote_rule", "seq_len", "limit_gb")},
+        "open_layers": open_layers,
+        "parameters": count_parameters(model),
+        "peak_gb": round(peak / 1e9, 3),
+        "planned_gb": round(planned / 1e9, 3),
+        "peak_over_plan": round(peak / planned, 3),
+        "losses": losses,
+        "flips": flips,
+        "seconds": seconds,
+    }
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; Linux only."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def bench_memory(config: MemoryBench) -> int:
+    """Measure each setting in a process of its own; as a worker, one of them."""
+    names = config.settings or tuple(MEMORY_SETTINGS)
+    if config.worker:
+        print(json.dumps({**measure_memory(names[0], config.steps, config.device), "machine": machine()}))
+        return 0
+    results = []
+    for name in names:
+        command = [sys.executable, __file__, "memory", "--settings", name, "--steps", str(config.steps)]
+        process = subprocess.run(
+            [*command, "--device", config.device, "--worker"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        if process.returncode:
+            raise BenchError(f"the measurement of {name} ended with {process.returncode}")
+        results.append(json.loads(process.stdout.splitlines()[-1]))
+    table = Table(title=", ".join(f"{k} {v}" for k, v in machine().items() if v is not None), title_justify="left")
+    shown = ("setting", "vote_rule", "seq_len", "open_layers", "peak_gb", "limit_gb", "planned_gb", "peak_over_plan")
+    for column in (*shown, "seconds"):
+        table.add_column(column)
+    for line in results:
+        table.add_row(*(str(line[c]) for c in shown), ", ".join(map(str, line["seconds"])))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if config.json:
+        config.json.write_text("".join(json.dumps(line) + "\n" for line in results), encoding="utf-8")
+    return 0
+
+
 # -- quality ----------------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +619,8 @@ def bench_quality(config: QualityBench) -> int:
 def main(config: BenchConfig) -> int:
     if isinstance(config, QualityBench):
         return bench_quality(config)
+    if isinstance(config, MemoryBench):
+        return bench_memory(config)
     where = machine()
     figures = bench_import(config) if isinstance(config, ImportBench) else bench_kernels(config)
     table = Table(title=", ".join(f"{k} {v}" for k, v in where.items() if v is not None), title_justify="left")
@@ -494,6 +639,9 @@ if __name__ == "__main__":
         prime_cli.run(
             BenchConfig,
             main,
-            (BenchError, quality.QualityError, DataError, ModelError, CheckpointError, GhostError, OSError),
+            (
+                *(BenchError, quality.QualityError, DataError, ModelError, CheckpointError, GhostError, OSError),
+                *(TrainError, NightShiftError),
+            ),
         )
     )

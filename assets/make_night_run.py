@@ -180,10 +180,10 @@ def night(folder: Path) -> None:
             break
         if process.returncode not in (0, -signal.SIGKILL):
             raise SystemExit(f"the trainer ended with {process.returncode}")
-    record = [{"kind": "exit_codes", "codes": starts}]
+    record: list[dict[str, Any]] = [{"kind": "exit_codes", "codes": starts}]
     record += [{"kind": "event", **e, "path": None} for e in lines(folder / "run" / "events.jsonl")]
     last = {s["step"]: s for s in lines(stats)}
-    keys = (
+    keys: tuple[str, ...] = (
         "step",
         "loss",
         "val_loss",
