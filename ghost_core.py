@@ -53,6 +53,8 @@ class Agreement:
     control: float = 0.0
     gradient_square: float = 0.0
     votes_square: float = 0.0
+    use: int | None = None
+    """The one use of the grid that is compared: by the next, this micro-batch's own votes are in the buffer."""
 
     def add(self, gradient: torch.Tensor, votes: torch.Tensor, order: torch.Tensor) -> None:
         """Add rows of a gradient, float ``(n, in)``, and the votes there, any integers ``(n, in)``.
@@ -247,7 +249,8 @@ class GhostGrid(nn.Module):
         elif ballot.mode == "measure":
             ballot.rule.measure(self, gradient, rows)
         elif ballot.mode == "cast":
-            if ballot.listening and ballot.micro_batch == 0:
+            if ballot.listening and ballot.micro_batch == 0 and self.agreement.use in (None, use):
+                self.agreement.use = use
                 self._listen(gradient, rows)
             self._vote(gradient, rows, use, part, 1)
         elif ballot.mode == "retract" and (self.name, use, part) in ballot.standing:

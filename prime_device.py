@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -61,6 +62,23 @@ def make_deterministic(device: str) -> None:
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def return_freed_memory(threshold: int = 1 << 20) -> bool:
+    """Make glibc take blocks from ``threshold`` bytes up from the system and give each back when it is freed.
+
+    Left alone it raises that size to 32 MB as it goes, keeps smaller blocks in a heap full of holes, and a training
+    process on the CPU grows to a third more than it uses. To be called before the first large tensor.
+
+    Returns:
+        Whether the C library knows how (glibc does; others manage on their own).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    mmap_threshold, trim_threshold = -3, -1
+    return bool(mallopt(mmap_threshold, threshold)) and bool(mallopt(trim_threshold, threshold))
 
 
 def memory_total(device: str) -> int:

@@ -37,7 +37,15 @@ from night_shift import (
     Verdict,
 )
 from prime_checkpoint import CheckpointError, created_by, load_checkpoint
-from prime_device import GIB, DeviceError, check_device, make_deterministic, memory_peak, memory_total
+from prime_device import (
+    GIB,
+    DeviceError,
+    check_device,
+    make_deterministic,
+    memory_peak,
+    memory_total,
+    return_freed_memory,
+)
 from prime_telemetry import RunLog
 from qwen_prime_data import (
     DataError,
@@ -449,6 +457,7 @@ def main(config: TrainConfig) -> int:
     assert config.output_dir is not None, "checked by the config"
     check_device(config.device)
     make_deterministic(config.device)
+    return_freed_memory()
     folder = RunFolder(config.output_dir, run_name(config.checkpoint), config.keep_last)
     existing = folder.saved()
     if existing and not config.resume:

@@ -25,6 +25,7 @@ import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
 import qwen_prime_train as train
 import verify_qwen_prime as verify
+import vote_trainer
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
 from qwen_prime_wrapper import model_from_checkpoint
@@ -372,3 +373,134 @@ def test_what_cannot_start_is_one_line(
     assert command(config) == 1
     assert word in the_error(capsys.readouterr().err)
     assert not list(config.output_dir.glob("*.pt"))
+
+
+# -- the night --------------------------------------------------------------------------------------------------------
+
+
+def test_resume_is_bit_for_bit_across_an_unlock(quick: train.TrainConfig, tmp_path: Path) -> None:
+    config = replace(quick, steps=6, peel="1:2:1", save_every=10)
+    whole, half = (replace(config, output_dir=tmp_path / name) for name in ("whole", "half"))
+    assert train.main(whole) == 0
+    stop_after(3, half)
+    assert train.main(replace(half, resume=True)) == 0
+    ends = [folder / "prime-harmonic_prime_step_6.pt" for folder in (whole.output_dir, half.output_dir)]
+    assert content(ends[0]) == content(ends[1])
+    lines = [list(read_lines(c.output_dir / "stats.jsonl")) for c in (whole, half)]
+    assert [s["thawed_layers"] for s in lines[0]] == [0, 1, 1, 2, 2, 2]
+    assert [s["peel_phase"] for s in lines[1]] == ["head", "peeling", "peeling", "all open", "all open", "all open"]
+
+
+def accident(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Change the loss of a micro-batch while votes are cast: ``change(step, micro_batch)`` is its factor."""
+    plain, step = vote_trainer.answer_loss, vote_trainer.VoteTrainer.step
+    now: list[Any] = []
+
+    def noted(trainer: vote_trainer.VoteTrainer) -> Any:
+        now[:] = [trainer.ballot]
+        return step(trainer)
+
+    def loss(*inputs: Any) -> Any:
+        value, count = plain(*inputs)
+        if not now or now[0].mode != "cast":
+            return value, count
+        return value * change(now[0].step, now[0].micro_batch), count
+
+    monkeypatch.setattr(vote_trainer.VoteTrainer, "step", noted)
+    monkeypatch.setattr(vote_trainer, "answer_loss", loss)
+
+
+def test_three_spikes_return_to_the_last_good_checkpoint(
+    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At half the rate and on new data; the run then ends as if nothing had been."""
+    spiked: list[int] = []
+
+    def change(step: int, micro_batch: int) -> float:
+        if step in (12, 13, 14) and spiked.count(step) < quick.grad_accum:
+            spiked.append(step)
+            return 20.0
+        return 1.0
+
+    accident(monkeypatch, change)
+    assert train.main(replace(quick, steps=18, save_every=4, schedule="constant", warmup=0)) == 0
+    stats = list(read_lines(quick.output_dir / "stats.jsonl"))
+    assert [s["step"] for s in stats] == [*range(1, 16), *range(13, 19)]
+    assert [s["sentinel"] for s in stats][12:15] == ["spike", "spike", "roll_back"]
+    assert {s["lr"] for s in stats[:15]} == {4e-3} and {s["lr"] for s in stats[15:]} == {2e-3}
+    event = next(e for e in read_lines(quick.output_dir / "events.jsonl") if e["event"] == "roll_back")
+    assert (event["step"], event["to"], event["rate"]) == (15, 12, 0.5) and "3 steps in a row" in event["reason"]
+
+
+def test_a_run_without_a_finite_loss_ends_with_its_last_good_checkpoint(
+    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accident(monkeypatch, lambda step, k: float("nan") if step >= 3 else 1.0)
+    assert command(replace(quick, steps=100, save_every=3)) == 1
+    said = the_error(capsys.readouterr().err)
+    assert "10 steps in a row had no finite micro-batch" in said and "events.jsonl" in said
+    path = next(word.rstrip(";.") for word in said.split() if word.startswith(str(quick.output_dir)))
+    good = load_checkpoint(Path(path))
+    assert verify.main(verify.VerifyConfig(Path(path))) == 0
+    first = load_checkpoint(quick.output_dir / "prime-harmonic_prime_step_12.pt")
+    # Steps without a finite micro-batch move nothing.
+    assert content_of_model(good) == content_of_model(first)
+    events = [e["event"] for e in read_lines(quick.output_dir / "events.jsonl")]
+    assert events.count("non_finite") == 9 and events[-1] == "failed"
+
+
+def content_of_model(checkpoint: dict[str, Any]) -> dict[str, str]:
+    return {name: tensor_sha256(tensor) for name, tensor in walk_tensors(checkpoint["model"])}
+
+
+LIMITED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path[:0] = [{assets!r}]
+import make_night_run as night
+night.PEEL, night.NAN_LOSS, night.NAN_GRADIENT = "none", ((1, 0),), (2, 1)
+night.MEMORY_GONE, night.MEMORY_BACK = 6, 8
+plain = night.settings
+def settings(folder):
+    changes = dict(steps=10, eval_every=0, sample_every=0, save_every=100, data=Path({data!r}), device="cpu")
+    return replace(plain(folder), checkpoint=Path({checkpoint!r}), **changes)
+night.settings = settings
+raise SystemExit(night.worker(Path({folder!r})))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_memory_that_is_really_gone_makes_rows_shorter(init: Path, tmp_path: Path) -> None:
+    """The allocator of a process whose address space is limited in the middle of a step fails; the run goes on."""
+    lines = [{"text": f"def function_{i}(x):\n    return x * {i}\n" * (4 + i % 30)} for i in range(60)]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code = LIMITED.format(
+        assets=str(ROOT / "assets"), data=str(data), checkpoint=str(init), folder=str(tmp_path / "night")
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    stats = list(read_lines(tmp_path / "night" / "run" / "stats.jsonl"))
+    assert [s["step"] for s in stats] == list(range(1, 11))
+    assert [s["skipped"] for s in stats[:4]] == [0, 1, 1, 0]
+    assert all(s["seq_len"] == 512 for s in stats[:6]) and stats[-1]["seq_len"] in (384, 256)
+    # The step in which it happened counted its one complete micro-batch, the following have as many tokens as before.
+    cut = next(s for s in stats if s["seq_len"] < 512)
+    assert (cut["step"], cut["micro_batches"]) == (7, 1)
+    assert stats[-1]["seq_len"] * stats[-1]["micro_batches"] >= 1024
+    events = [e for e in read_lines(tmp_path / "night" / "run" / "events.jsonl") if e["event"] == "out_of_memory"]
+    assert events[0]["where"] == "micro-batch 1 of 2"
+
+
+def test_plan_needs_no_data_and_trains_nothing(quick: train.TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = train.TrainConfig(checkpoint=quick.checkpoint, plan=True, memory=1.0, device="cpu")
+    assert train.main(plan) == 0
+    said = capsys.readouterr().out
+    assert "fits: 0." in said and "of 1.07 GB" in said and "indices" in said
+    assert train.main(replace(plan, memory=1e-4)) == 1
+    assert "does not fit" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--data and --output-dir"):
+        replace(plan, plan=False)

@@ -1,0 +1,102 @@
+"""What a machine can do: architectures, bfloat16, memory, and whether an error was one of memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prime_device as device
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce GTX 1080 Ti")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((6, 1), ["sm_50", "sm_60", "sm_70", "sm_90"], True),
+        ((6, 1), ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "compute_120"], False),
+        ((8, 9), ["sm_80"], True),
+        ((8, 0), ["sm_86"], False),
+        ((12, 1), ["sm_80", "compute_90"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((6, 1), [], False),
+    ],
+)
+def test_a_card_that_this_torch_has_no_code_for_is_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
+    pretend(monkeypatch, capability, built)
+    if runs:
+        device.check_device("cuda")
+        return
+    with pytest.raises(device.DeviceError, match=rf"GTX 1080 Ti has compute capability {capability[0]}\.") as error:
+        device.check_device("cuda")
+    version = torch.__version__.split("+")[0]
+    assert f"uv pip install --reinstall torch=={version} --torch-backend=cu126" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_cuda_device_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device.check_device("cpu")
+    with pytest.raises(device.DeviceError, match="--device cpu"):
+        device.check_device("cuda")
+
+
+def test_bfloat16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answer(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+    assert not device.has_native_bfloat16("cuda") and asked == [False]
+    assert not device.has_native_bfloat16("cpu")
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert device.is_out_of_memory(error.value), "the CPU's allocator"
+    for yes in (MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("CUDA error: out of memory")):
+        assert device.is_out_of_memory(yes)
+    for no in (RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("bad_alloc")):
+        assert not device.is_out_of_memory(no)
+
+
+def test_memory_of_this_machine() -> None:
+    assert device.memory_total("cpu") > 1 << 30
+    assert 1 << 26 < device.memory_peak("cpu") < device.memory_total("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back() -> None:
+    """Blocks of 8 MB with small ones between them: left alone they would stay in the heap."""
+    code = (
+        "import sys; sys.path.insert(0, {root!r}); import prime_device, torch, os\n"
+        "page = os.sysconf('SC_PAGE_SIZE')\n"
+        "now = lambda: int(open('/proc/self/statm').read().split()[1]) * page\n"
+        "assert prime_device.return_freed_memory()\n"
+        "torch.ones(1 << 23); torch.ones(1 << 22)\n"
+        "before = now()\n"
+        "kept = []\n"
+        "for _ in range(40):\n"
+        "    block = torch.ones(1 << 21); kept.append(torch.ones(300)); del block\n"
+        "blocks = [torch.ones(1 << 21) for _ in range(40)]\n"
+        "del blocks\n"
+        "assert now() - before < 20e6, now() - before\n"
+    )
+    subprocess.run([sys.executable, "-c", code.format(root=str(ROOT))], check=True, timeout=120)

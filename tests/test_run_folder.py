@@ -1,0 +1,63 @@
+"""Checkpoints of a run: which are kept, which is best, which is the newest whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import import_source, tiny_config, write_source
+
+import run_folder
+from prime_checkpoint import load_checkpoint
+from run_folder import RunFolder, run_name
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("content")
+    import_source(write_source(folder / "source", tiny_config()), folder / "x.pt")
+    return load_checkpoint(folder / "x.pt")
+
+
+def test_names() -> None:
+    for file in ("a-b_prime_init.pt", "a-b_prime_step_12.pt", "a-b_prime_best.pt"):
+        assert run_name(Path("x") / file) == "a-b"
+    assert run_name(Path("other.pt")) == "other"
+
+
+def test_the_last_few_are_kept_and_the_best_beside_them(content: dict[str, Any], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "a", 2)
+    assert folder.saved() == [] and folder.newest() is None
+    for step in (0, 5, 10, 100):
+        folder.save(step, content, is_best=step == 5)
+    (tmp_path / "b_prime_step_7.pt").write_bytes(b"another run's")
+    assert [step for step, _ in folder.saved()] == [10, 100]
+    assert folder.best.exists() and folder.best.stat().st_nlink == 1
+    assert load_checkpoint(folder.best)["stage"] == "init"
+    folder.save(101, content, is_best=True, prune=False)
+    assert [step for step, _ in folder.saved()] == [10, 100, 101]
+    assert folder.best.samefile(tmp_path / "a_prime_step_101.pt")
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_the_newest_whole_one(content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path, "a", 5)
+    for step in (1, 2, 3):
+        folder.save(step, content, is_best=False)
+    damaged = tmp_path / "a_prime_step_3.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    found = folder.newest()
+    assert found is not None and found[0].name == "a_prime_step_2.pt" and "step_3" in caplog.text
+    earlier = folder.newest(at_most=1)
+    assert earlier is not None and earlier[0].name == "a_prime_step_1.pt"
+    assert folder.newest(at_most=0) is None
+
+
+def test_without_hard_links_the_best_is_a_copy(tmp_path: Path) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError("no links here")
+
+    (tmp_path / "a").write_bytes(b"content")
+    run_folder._link_or_copy(tmp_path / "a", tmp_path / "b", refuse)
+    assert (tmp_path / "b").read_bytes() == b"content" and not (tmp_path / "a").samefile(tmp_path / "b")
