@@ -270,7 +270,8 @@ class AntigravitySentinel:
         if skipped >= micro_batches:
             self.lost += 1
             if self.lost >= self.lost_max:
-                return Verdict("end", f"{self.lost} steps in a row had no finite micro-batch")
+                # Nothing has moved in them: whatever was saved last is good.
+                return Verdict("end", f"{self.lost} steps in a row had no finite micro-batch", step)
             return Verdict("non_finite", f"all {skipped} micro-batches were not finite: nothing moved")
         self.lost = 0
         if self._is_avalanche(movement):

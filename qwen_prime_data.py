@@ -861,7 +861,7 @@ class PackedBatches:
         self.shuffle = shuffle
         self._whole = seq_len, batch_size
         self._earlier: tuple[tuple[int, int], ...] = ()
-        self._row = 0
+        self._epoch = self._row = 0
         self._enter(0)
 
     @property

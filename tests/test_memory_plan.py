@@ -43,7 +43,7 @@ def test_real_geometries_are_planned_within_their_limits(
     lines = plan.budget(model, settings, layers)
     assert all(p.is_meta for p in model.parameters()), "nothing may be allocated"
     assert 0.75 * limit < plan.total(lines) / 1e9 < limit
-    assert [line.bytes for line in lines if line.what == "indices"][0] / 2 > 1.5e9
+    assert next(line.bytes for line in lines if line.what == "indices") / 2 > 1.5e9
 
 
 @pytest.mark.parametrize("rule", RULES)
