@@ -10,9 +10,11 @@ goes on bit for bit. ``--plan`` says what a run needs of which memory, and train
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,6 +43,7 @@ from prime_device import (
     GIB,
     DeviceError,
     check_device,
+    is_out_of_memory,
     make_deterministic,
     memory_peak,
     memory_total,
@@ -241,7 +244,22 @@ class Session:
         if self.held is None:
             return None
         rows = evaluation_batches(self.held, self.config.seq_len, self.config.batch_size, self.trainer.batches.pad_id)
-        return mean_answer_loss(self.trainer.model, rows)[0]
+        with self._unless_memory_runs_out("evaluation"):
+            return mean_answer_loss(self.trainer.model, rows)[0]
+        return None
+
+    @contextlib.contextmanager
+    def _unless_memory_runs_out(self, what: str) -> Iterator[None]:
+        """Looking at a model is not worth a run: without memory for it, say so and go on."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("step %d: no memory for the %s, left out", self.trainer.done, what)
+            self.run.event("left_out", step=self.trainer.done, what=what)
+        finally:
+            self.trainer.model.train()
 
     def sample(self) -> None:
         """Continue a few held-out prompts (of the training data where nothing is held out) into ``samples.jsonl``."""
@@ -254,7 +272,11 @@ class Session:
             # A plain text has no question: its beginning serves.
             begin = begin if begin > 1 else max(1, min(32, len(ids) // 2))
             stop = next((i for i in range(begin, len(ids)) if not answer[i]), len(ids))
-            text = continue_text(self.trainer.model, self.tokenizer, ids[:begin], self.config.sample_tokens)
+            text = None
+            with self._unless_memory_runs_out("sample"):
+                text = continue_text(self.trainer.model, self.tokenizer, ids[:begin], self.config.sample_tokens)
+            if text is None:
+                return
             self.run.sample(
                 step=self.trainer.done,
                 prompt=self.tokenizer.decode(ids[:begin]),
@@ -318,6 +340,7 @@ class Session:
                 log.warning(
                     "step %d: out of memory (%s): %s -> %s", done, *(fields[k] for k in ("where", "from", "to"))
                 )
+        trainer.events = []
         weights = sum(m.weights for m in result.moved.values())
         flips = sum(m.flips for m in result.moved.values())
         self.run.stats(
@@ -360,6 +383,8 @@ class Session:
         try:
             return self._go()
         except TrainError as error:
+            for kind, fields in self.trainer.events:
+                self.run.event(kind, step=self.trainer.done, **fields)
             self.run.event("failed", step=self.trainer.done, reason=str(error))
             raise
         finally:

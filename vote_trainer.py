@@ -194,6 +194,7 @@ class VoteTrainer:
         self.watch = watch
         self.done = 0
         self.tokens = 0
+        self.events: list[tuple[str, dict[str, Any]]] = []
         self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule(), listening=watch is not None)
         name_grids(model, self.ballot)
         self.grids = grids_of(model)
@@ -239,7 +240,7 @@ class VoteTrainer:
             TrainError: no answer token in the step's data, or no shape fits into memory.
             VotesLost: the state is of no use; see there.
         """
-        events: list[tuple[str, dict[str, Any]]] = []
+        events = self.events = []
         if self.supervisor.due(self.done):
             change = self.supervisor.apply(self.done)
             for parameter in change.floats_closed:
@@ -290,8 +291,7 @@ class VoteTrainer:
         moved: dict[str, Movement] = {}
         self.ballot.close()
         if skipped < ran:
-            moved = apply_votes(self.grids, rate, self.recipe.weight_decay)
-            self._step_floats(rate, count)
+            moved = self._apply(rate, count)
         self.optimizer.zero_grad(set_to_none=True)
         if not fits:
             self._probe(events)
@@ -378,6 +378,17 @@ class VoteTrainer:
             if not self.ballot.standing and not self.ballot.torn:
                 return
         raise VotesLost(f"step {self.done}: memory ran out, and again while votes of micro-batch {k} were taken back")
+
+    def _apply(self, rate: float, count: int) -> dict[str, Movement]:
+        try:
+            moved = apply_votes(self.grids, rate, self.recipe.weight_decay)
+        except Exception as error:
+            if self.watch is None or not is_out_of_memory(error):
+                raise
+            # Some grids have moved, and the votes of one may be half applied.
+            raise VotesLost(f"step {self.done}: memory ran out while votes were applied") from error
+        self._step_floats(rate, count)
+        return moved
 
     def _step_floats(self, rate: float, count: int) -> None:
         for parameter in self.floats.values():

@@ -1,7 +1,7 @@
 """A night with accidents, recorded: assets/night_run.jsonl.
 
-    python assets/make_night_run.py --folder runs/night              the run with its accidents
     python assets/make_night_run.py --folder runs/night --baseline   AdamW at three rates, the same steps, no accidents
+    python assets/make_night_run.py --folder runs/night              the run with its accidents, and the record
 
 600 steps of tiny_coder on the standard library's instructions through all phases of a v7 schedule scaled to its
 length. On the way: batches whose loss is not a number, a gradient that stops being one in the middle of a backward
@@ -209,6 +209,7 @@ def night(folder: Path) -> None:
     for step in sorted(last):
         agreement = {k: last[step][k].get("head") for k in ("agreement", "agreement_control", "consensus")}
         record.append({"kind": "step", **{k: last[step][k] for k in keys}, **agreement})
+    record += lines(folder / "baseline.jsonl")
     RECORD.write_text("".join(json.dumps(line) + "\n" for line in record), encoding="utf-8")
 
 
@@ -244,6 +245,7 @@ if __name__ == "__main__":
     if given.worker:
         raise SystemExit(worker(given.folder))
     if given.baseline:
+        given.folder.mkdir(parents=True, exist_ok=True)
         for rate in BASELINE_RATES:
             with open(given.folder / "baseline.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(baseline(given.folder, rate)) + "\n")

@@ -85,6 +85,54 @@ def draw_quality(results: Path, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_night(record: Path, path: Path) -> None:
+    """A night with its accidents: held-out loss beside AdamW's without any, and whether votes agree with gradients."""
+    lines = list(read_lines(record))
+    steps = [x for x in lines if x["kind"] == "step"]
+    events = [x for x in lines if x["kind"] == "event"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(3, 2))
+    for line in (x for x in lines if x["kind"] == "baseline"):
+        label = f"AdamW, no accidents, lr {line['lr']:g}"
+        left.plot(*zip(*line["curve"], strict=True), "s--", color="#888888", markersize=3.5, linewidth=1, label=label)
+    held = [(x["step"], x["val_loss"]) for x in steps if x["val_loss"] is not None]
+    left.plot(*zip(*held, strict=True), "o-", color="#1f6f8b", label="votes, with accidents")
+    low, high = left.get_ylim()
+    seen: dict[str, int] = {}
+    for event in events:
+        words = {"non_finite": "not a number", "out_of_memory": "out of memory", "signal": "SIGTERM", "peel": "unlock"}
+        name = words.get(event["event"], "restart after SIGKILL" if event["event"] == "start" and event["step"] else "")
+        if event["event"] == "start" and any(e["event"] == "signal" and e["step"] == event["step"] for e in events):
+            continue
+        if not name or seen.get(name) == event["step"]:
+            continue
+        seen[name] = event["step"]
+        colour = "#c9d6b8" if name == "unlock" else "#e3a08a"
+        left.axvline(event["step"], color=colour, linewidth=1, zorder=0)
+        if name != "unlock":
+            left.text(event["step"], high, f" {name}", rotation=90, va="top", ha="right", fontsize=6.5, color="#a04a30")
+    left.set(
+        xlabel="step", ylabel="held-out answers, nats per token", title="600 steps, six accidents", ylim=(low, high)
+    )
+    left.legend(frameon=False, fontsize=8, loc="center right")
+    for key, label, colour in (
+        ("agreement", "votes", "#1f6f8b"),
+        ("agreement_control", "the same, shuffled", "#bbbbbb"),
+    ):
+        points = [(x["step"], x[key]) for x in steps if x[key] is not None]
+        window = 20
+        smooth = [
+            (points[i][0], sum(v for _, v in points[i - window : i]) / window) for i in range(window, len(points))
+        ]
+        right.plot(*zip(*smooth, strict=True), color=colour, label=label)
+    right.axhline(0, color="black", linewidth=0.5)
+    right.set(xlabel="step", ylabel="cosine, mean of 20 steps", title="do votes agree with the next gradient? (head)")
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def draw_run(stats: Path, path: Path) -> None:
     """Training and held-out loss, and the share of weights that flip, step by step."""
     lines = list(read_lines(stats))
@@ -107,6 +155,8 @@ def draw_run(stats: Path, path: Path) -> None:
 def main() -> int:
     draw_manifolds(HERE / "manifolds.png")
     draw_quality(HERE / "quality.jsonl", HERE / "quality.png")
+    if (HERE / "night_run.jsonl").exists():
+        draw_night(HERE / "night_run.jsonl", HERE / "night_run.png")
     stats = HERE.parent / "runs" / "demo" / "run" / "stats.jsonl"
     if stats.exists():
         draw_run(stats, HERE / "demo_run.png")

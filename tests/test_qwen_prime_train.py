@@ -463,8 +463,8 @@ night.PEEL, night.NAN_LOSS, night.NAN_GRADIENT = "none", ((0, 0),), (1, 1)
 night.MEMORY_GONE, night.MEMORY_BACK, night.LEFT = 4, 6, 0.7
 plain = night.settings
 def settings(folder):
-    changes = dict(steps=7, seq_len=1024, eval_every=0, sample_every=0, save_every=100, data=Path({data!r}), device="cpu")
-    return replace(plain(folder), checkpoint=Path({checkpoint!r}), **changes)
+    changes = dict(steps=7, seq_len=1024, eval_every=0, sample_every=0, save_every=100, device="cpu")
+    return replace(plain(folder), checkpoint=Path({checkpoint!r}), data=Path({data!r}), **changes)
 night.settings = settings
 raise SystemExit(night.worker(Path({folder!r})))
 """
