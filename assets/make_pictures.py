@@ -91,9 +91,11 @@ def draw_night(record: Path, path: Path) -> None:
     steps = [x for x in lines if x["kind"] == "step"]
     events = [x for x in lines if x["kind"] == "event"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(3, 2))
-    for line in (x for x in lines if x["kind"] == "baseline"):
+    for shade, line in zip(
+        ("#444444", "#999999", "#cccccc"), [x for x in lines if x["kind"] == "baseline"], strict=False
+    ):
         label = f"AdamW, no accidents, lr {line['lr']:g}"
-        left.plot(*zip(*line["curve"], strict=True), "s--", color="#888888", markersize=3.5, linewidth=1, label=label)
+        left.plot(*zip(*line["curve"], strict=True), "s--", color=shade, markersize=3.5, linewidth=1, label=label)
     held = [(x["step"], x["val_loss"]) for x in steps if x["val_loss"] is not None]
     left.plot(*zip(*held, strict=True), "o-", color="#1f6f8b", label="votes, with accidents")
     low, high = left.get_ylim()
@@ -111,7 +113,7 @@ def draw_night(record: Path, path: Path) -> None:
         if name != "unlock":
             left.text(event["step"], high, f" {name}", rotation=90, va="top", ha="right", fontsize=6.5, color="#a04a30")
     left.set(
-        xlabel="step", ylabel="held-out answers, nats per token", title="600 steps, six accidents", ylim=(low, high)
+        xlabel="step", ylabel="held-out answers, nats per token", title="600 steps with accidents", ylim=(low, high)
     )
     left.legend(frameon=False, fontsize=8, loc="center right")
     for key, label, colour in (
