@@ -124,6 +124,7 @@ class MemorySetting:
     vote_rule: str
     seq_len: int
     peel: str = "none"
+    window: int | None = None
     limit_gb: float | None = None
     """What it may need."""
 
@@ -134,6 +135,8 @@ MEMORY_SETTINGS = {
     "coder-1024": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 1024, limit_gb=6.6),
     "qwen3-512": MemorySetting("Qwen3-1.7B", "momentum", 512, limit_gb=6.8),
     "coder-512-phase-1": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, "v7", limit_gb=4.2),
+    # Eight layers open from the first step, the next eight below from the second.
+    "coder-512-window-8": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, "0:1:8", window=8),
     "hundred-million": MemorySetting("hundred-million", "momentum", 512),
 }
 
@@ -509,7 +512,7 @@ def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
     model = random_model(setting.geometry, manifolds.build("compact" if rule.vote_bits else manifolds.DEFAULT))
     model.to(torch.device(device))  # type: ignore[arg-type]
     recipe = Recipe(steps=100, grad_accum=1, lr=1e-4, vote_rule=cast(Any, setting.vote_rule), device=device)
-    peel = LayerPeel.parse(setting.peel)
+    peel = LayerPeel.parse(setting.peel, setting.window)
     watch = NightWatch(
         peel,
         AntigravitySentinel(),
