@@ -52,18 +52,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import manifolds
+from answer_masks import EncodedSet, encode_records
 from ghost_core import GhostGrid, grids_of
 from manifolds import Manifold
+from packed_batches import PackedBatches, evaluation_batches
 from prime_telemetry import read_lines
-from qwen_prime_data import (
-    Conversation,
-    EncodedSet,
-    PackedBatches,
-    Record,
-    encode_records,
-    evaluation_batches,
-    read_records,
-)
 from qwen_prime_wrapper import (
     answer_loss,
     assign_tensors,
@@ -73,6 +66,7 @@ from qwen_prime_wrapper import (
     mean_answer_loss,
     source_name,
 )
+from text_records import Conversation, Record, read_records
 from vote_trainer import Recipe, VoteTrainer, learning_rate
 
 ROOT = Path(__file__).resolve().parent

@@ -48,10 +48,10 @@ import prime_quality as quality
 import vote_trainer
 from ghost_core import GhostError, GhostGrid
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, NightShiftError, Shape, TrainingGovernor
+from packed_batches import Batch
 from prime_checkpoint import CheckpointError
 from prime_device import memory_peak, return_freed_memory
 from prime_telemetry import read_lines
-from qwen_prime_data import Batch, DataError
 from qwen_prime_wrapper import (
     ModelError,
     assign_tensors,
@@ -60,6 +60,7 @@ from qwen_prime_wrapper import (
     expected_tensors,
     source_name,
 )
+from text_records import DataError
 from vote_rules import rule_named
 from vote_trainer import NightWatch, Recipe, TrainError, VoteTrainer
 

@@ -24,9 +24,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import prime_cli
+from answer_masks import describe, encode_records
+from packed_batches import evaluation_batches
 from prime_checkpoint import CheckpointError
-from qwen_prime_data import DataError, describe, encode_records, evaluation_batches, read_records
 from qwen_prime_wrapper import ModelError, answer_loss, load_model, mean_answer_loss
+from text_records import DataError, read_records
 
 log = logging.getLogger("eval")
 

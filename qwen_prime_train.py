@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import manifolds
 import memory_plan
 import prime_cli
+from answer_masks import EncodedSet, describe, encode_records
 from ghost_core import GhostError, grids_of
 from night_shift import (
     AntigravitySentinel,
@@ -38,6 +39,7 @@ from night_shift import (
     TrainingGovernor,
     Verdict,
 )
+from packed_batches import PackedBatches, evaluation_batches
 from prime_checkpoint import CheckpointError, created_by, load_checkpoint
 from prime_device import (
     GIB,
@@ -50,15 +52,6 @@ from prime_device import (
     return_freed_memory,
 )
 from prime_telemetry import RunLog
-from qwen_prime_data import (
-    DataError,
-    EncodedSet,
-    PackedBatches,
-    describe,
-    encode_records,
-    evaluation_batches,
-    read_records,
-)
 from qwen_prime_wrapper import (
     ModelError,
     build_model,
@@ -71,6 +64,7 @@ from qwen_prime_wrapper import (
     tokenizer_from_checkpoint,
 )
 from run_folder import RunFolder, run_name
+from text_records import DataError, read_records
 from vote_rules import RuleError
 from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, VoteTrainer
 

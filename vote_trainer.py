@@ -38,8 +38,8 @@ from night_shift import (
     Verdict,
     layer_groups,
 )
+from packed_batches import Batch, PackedBatches
 from prime_device import has_native_bfloat16, is_out_of_memory
-from qwen_prime_data import Batch, PackedBatches
 from qwen_prime_wrapper import answer_loss, copy_tensors
 from vote_rules import Ballot, VoteRule, rule_named
 

@@ -217,7 +217,7 @@ def baseline(folder: Path, rate: float) -> dict[str, Any]:
     """AdamW float32 on the dense model, the same data order, schedule, steps and evaluation."""
     import prime_quality as quality
     import qwen_prime_train as train
-    from qwen_prime_data import PackedBatches, evaluation_batches
+    from packed_batches import PackedBatches, evaluation_batches
     from qwen_prime_wrapper import load_model, mean_answer_loss
 
     config = settings(folder)

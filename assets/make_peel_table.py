@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
@@ -31,7 +31,7 @@ SCHEDULES: dict[str, tuple[str, int | None]] = {
 }
 RATES = (3e-4, 6e-4)
 SEEDS = (0, 1)
-RULE = "momentum"
+RULE: Literal["momentum"] = "momentum"
 RESULTS = ASSETS / "peel.jsonl"
 LOOKS = (50, 100, 150, 200)
 
@@ -40,9 +40,10 @@ def execute(schedule: str, rate: float, seed: int) -> dict[str, Any]:
     """One run in this process: losses in nats a token, seconds of the processor, bytes of votes and their state."""
     import manifolds
     import prime_quality as quality
+    from answer_masks import EncodedSet
     from ghost_core import grids_of
     from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
-    from qwen_prime_data import EncodedSet, PackedBatches, evaluation_batches
+    from packed_batches import PackedBatches, evaluation_batches
     from qwen_prime_wrapper import load_model, mean_answer_loss
     from vote_trainer import NightWatch, Recipe, VoteTrainer
 

@@ -12,9 +12,10 @@ from tiny_models import import_source, tiny_config, write_source
 
 import manifolds
 import memory_plan as plan
+from answer_masks import encode_records
 from night_shift import LayerPeel
+from packed_batches import PackedBatches
 from prime_checkpoint import load_checkpoint
-from qwen_prime_data import PackedBatches, encode_records
 from qwen_prime_wrapper import build_model, model_from_checkpoint, tokenizer_from_checkpoint
 from vote_rules import RULES, rule_named
 from vote_trainer import Recipe, VoteTrainer

@@ -14,10 +14,11 @@ import torch
 from tiny_models import import_source, tiny_config, write_source
 
 import ghost_core
+from answer_masks import EncodedSet, encode_records
 from ghost_core import GhostGrid
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
+from packed_batches import PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
-from qwen_prime_data import EncodedSet, PackedBatches, encode_records
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from vote_rules import MomentumRule
 from vote_trainer import NightWatch, Recipe, TrainError, VotesLost, VoteTrainer

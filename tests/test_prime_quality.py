@@ -18,9 +18,10 @@ import manifolds
 import prime_cli
 import prime_quality as quality
 import qwen_prime_bench as bench
+from answer_masks import encode_records
 from ghost_core import grids_of
+from packed_batches import PackedBatches
 from prime_telemetry import read_lines
-from qwen_prime_data import PackedBatches, encode_records
 from qwen_prime_wrapper import load_model
 from vote_trainer import Recipe, VoteTrainer
 

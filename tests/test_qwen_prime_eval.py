@@ -9,8 +9,8 @@ import torch
 
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
-from qwen_prime_data import DataError
 from qwen_prime_wrapper import ModelError, load_model
+from text_records import DataError
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny_coder"
 TEXT = "def area(width, height):\n    return width * height  # größer\n\n\n" * 60

@@ -14,10 +14,12 @@ import torch
 from tiny_models import import_source, tiny_config, write_source
 
 import vote_trainer
+from answer_masks import EncodedSet, encode_records
 from ghost_core import grids_of
+from packed_batches import Batch, PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
-from qwen_prime_data import Batch, EncodedSet, PackedBatches, encode_records, read_records
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
+from text_records import read_records
 from vote_rules import RULES, RuleError
 from vote_trainer import Recipe, TrainError, VoteTrainer, default_rate, learning_rate
 

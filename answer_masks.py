@@ -1,0 +1,313 @@
+"""Records to documents: chat template -> tokens -> which of them are to be learned.
+
+Method. Each conversation is rendered once with the model's own chat template, and that one string is tokenized with
+character offsets; a token is a target when its characters lie inside an assistant's content or in the ``<|im_end|>``
+that closes it.
+
+Where an answer starts and stops is measured on the template itself: the conversation is rendered a second time with
+that answer replaced by a marker, and what stands before and after the marker must be a prefix and a suffix of the
+real text. So a template may strip an answer, drop its reasoning or put an empty ``<think>`` block before it (Qwen3):
+what it adds is never learned, what it leaves of the answer is. An answer that changes what stands before it (Qwen3
+with real reasoning) starts where the generation prompt ends. A template that fits neither raises ``DataError``.
+
+Layout. Documents lie in flat arrays (``EncodedSet``): token ids, a target mask of the same length, and the start of
+each document.
+
+Rejected: ``return_assistant_tokens_mask`` (Qwen's templates carry no ``{% generation %}`` marks), a search for the ids
+of ``<|im_start|>assistant`` (an answer may quote them), and tokenizing prompt and answer apart (at the seam it gives
+tokens that the model never meets when the whole is tokenized).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jinja2
+import numpy as np
+from tqdm import tqdm
+
+from text_records import DataError, Messages, Record, RecordSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TURN = "<|im_end|>"
+END_OF_DOCUMENT = "<|endoftext|>"
+
+_MARKER = "\ue000"  # private use: no template contains it, and it grows until no conversation does
+_CHUNK = 256  # records per call of the tokenizer
+_SHOWN = 5  # bad rows quoted in a description
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document: token ids, and for each token whether it is to be learned as a target."""
+
+    input_ids: list[int]
+    answer: list[bool]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSet:
+    """Documents of at most ``seq_len`` tokens, ready to pack.
+
+    ``input_ids`` int32 (N,) and ``answer`` bool (N,) hold all documents end to end, ``starts`` int64 (D + 1,) their
+    borders, ``record`` int64 (D,) the index of the record each came from. The first token of a document is never a
+    target: nothing precedes it. ``cut``: conversations longer than ``seq_len``; ``dropped``: those among them that
+    kept no target and were left out; ``split_texts``: plain texts spread over several documents.
+    """
+
+    input_ids: np.ndarray
+    answer: np.ndarray
+    starts: np.ndarray
+    record: np.ndarray
+    seq_len: int
+    cut: int
+    dropped: int
+    split_texts: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 (D,)."""
+        return np.diff(self.starts)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Targets of one epoch: the sum of ``Batch.answer_tokens`` over it."""
+        return int(self.answer.sum())
+
+    def document(self, index: int) -> Encoded:
+        """Document ``index`` as lists."""
+        part = slice(self.starts[index], self.starts[index + 1])
+        return Encoded(self.input_ids[part].tolist(), self.answer[part].tolist())
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], *, last_turn_only: bool = False
+) -> Encoded:
+    """Render ``messages`` ((role, content) pairs) with the tokenizer's chat template, tokenize, mark the answers.
+
+    Marked are the tokens that lie wholly inside an assistant's content (of the last turn alone if
+    ``last_turn_only``) and the ``<|im_end|>`` that closes it. A token that begins before the answer is not marked.
+    Text in a message that spells a special token is tokenized as that token, as it would be at inference.
+
+    Raises ``DataError`` when there is no answer, no template, no character offsets, or when the template does not
+    let the answers be located.
+    """
+    return _encode_conversations(tokenizer, [tuple(messages)], last_turn_only)[0]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """Tokenize a plain text, close it with ``<|endoftext|>`` (or the tokenizer's eos where it lacks that token).
+
+    All tokens are marked. Raises ``DataError`` where the tokenizer has neither.
+    """
+    return _encode_texts(tokenizer, [text])[0]
+
+
+def encode_records(
+    records: RecordSet | Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    *,
+    last_turn_only: bool = False,
+    progress: bool = True,
+) -> EncodedSet:
+    """Encode all records, in order, as documents of at most ``seq_len`` tokens.
+
+    A longer conversation is cut at ``seq_len``, or dropped where the cut leaves no target. A longer plain text is
+    spread over several documents, each beginning with the last token of the one before, so that every token of the
+    text but its first is a target exactly once. ``progress`` shows a bar on a terminal. Raises ``DataError`` as
+    ``encode_conversation`` does, and when no document is left.
+    """
+    if seq_len < 2:
+        raise DataError(f"seq_len is {seq_len}, expected at least 2: a target needs a token before it (--seq-len)")
+    items = records.records if isinstance(records, RecordSet) else records
+    ids: list[np.ndarray] = []
+    answers: list[np.ndarray] = []
+    sources: list[int] = []
+    cut = dropped = split_texts = 0
+
+    def keep(index: int, tokens: list[int], answer: list[bool]) -> bool:
+        mask = np.array(answer, dtype=bool)
+        mask[0] = False
+        if not mask.any():
+            return False
+        ids.append(np.array(tokens, dtype=np.int32))
+        answers.append(mask)
+        sources.append(index)
+        return True
+
+    with tqdm(total=len(items), desc="tokenize", unit="rec", disable=None if progress else True) as bar:
+        for first in range(0, len(items), _CHUNK):
+            chunk = items[first : first + _CHUNK]
+            for offset, encoded in enumerate(_encode_chunk(tokenizer, chunk, last_turn_only)):
+                index, tokens, answer = first + offset, encoded.input_ids, encoded.answer
+                if isinstance(chunk[offset], str):
+                    split_texts += len(tokens) > seq_len
+                    for start in range(0, max(1, len(tokens) - 1), seq_len - 1):
+                        keep(index, tokens[start : start + seq_len], answer[start : start + seq_len])
+                else:
+                    cut += len(tokens) > seq_len
+                    dropped += not keep(index, tokens[:seq_len], answer[:seq_len])
+            bar.update(len(chunk))
+    if not ids:
+        raise DataError(
+            f"none of {len(items)} records left a target token: {cut} were longer than {seq_len} tokens before their "
+            "answer began; give a larger --seq-len"
+        )
+    return EncodedSet(
+        input_ids=np.concatenate(ids),
+        answer=np.concatenate(answers),
+        starts=np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        record=np.array(sources, dtype=np.int64),
+        seq_len=seq_len,
+        cut=cut,
+        dropped=dropped,
+        split_texts=split_texts,
+    )
+
+
+def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
+    """A few lines for the log: format, records, tokens, answer tokens, cut, dropped, bad rows."""
+    files = record_set.files[0] if len(record_set.files) == 1 else f"{len(record_set.files)} files"
+    lines = [f"data: {len(record_set.records):,} records from {files}, format {record_set.format}"]
+    if record_set.split is not None:
+        lines.append(f"data: split {record_set.split}; {record_set.other_splits:,} rows belong to other splits")
+    if record_set.ignored:
+        lines.append(f"data: {len(record_set.ignored)} files of other kinds left out, first {record_set.ignored[0]}")
+    lines.append(
+        f"data: {len(encoded):,} documents, {encoded.tokens:,} tokens, {encoded.answer_tokens:,} answer tokens "
+        f"({encoded.answer_tokens / encoded.tokens:.1%})"
+    )
+    lines.append(
+        f"data: {encoded.cut:,} records cut at {encoded.seq_len} tokens, {encoded.dropped:,} of them dropped with no "
+        f"answer left; {encoded.split_texts:,} texts split"
+    )
+    lines.append(f"data: {len(record_set.bad_rows):,} bad rows")
+    lines += [f"data:   {bad}" for bad in record_set.bad_rows[:_SHOWN]]
+    return "\n".join(lines)
+
+
+def _encode_chunk(
+    tokenizer: PreTrainedTokenizerBase, chunk: Sequence[Record], last_turn_only: bool
+) -> Iterator[Encoded]:
+    """Encode a mixed chunk with one tokenizer call for its texts and one for its conversations, in order."""
+    texts = iter(_encode_texts(tokenizer, [r for r in chunk if isinstance(r, str)]))
+    conversations = [r.messages for r in chunk if not isinstance(r, str)]
+    dialogues = iter(_encode_conversations(tokenizer, conversations, last_turn_only))
+    for record in chunk:
+        yield next(texts if isinstance(record, str) else dialogues)
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoded]:
+    if not texts:
+        return []
+    end = tokenizer.convert_tokens_to_ids(END_OF_DOCUMENT)
+    if end is None or tokenizer.convert_ids_to_tokens(end) != END_OF_DOCUMENT:
+        end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError(
+            f"the tokenizer has neither {END_OF_DOCUMENT} nor an eos token, expected one to end a text with"
+        )
+    # verbose=False: a text longer than the model's context is split later, the tokenizer need not warn of it.
+    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [Encoded([*ids, end], [True] * (len(ids) + 1)) for ids in batch]  # type: ignore[list-item]
+
+
+def _encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], last_turn_only: bool
+) -> list[Encoded]:
+    if not conversations:
+        return []
+    if not tokenizer.is_fast:
+        raise DataError(f"{type(tokenizer).__name__} gives no character offsets, expected a fast tokenizer")
+    located = [_locate_answers(tokenizer, messages, last_turn_only) for messages in conversations]
+    batch = tokenizer(
+        [text for text, _ in located],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [
+        Encoded(ids, _mask(offsets, spans))
+        for ids, offsets, (_, spans) in zip(batch["input_ids"], batch["offset_mapping"], located, strict=True)
+    ]
+
+
+def _locate_answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, last_turn_only: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the character span of each answer in it, ``<|im_end|>`` included."""
+    turns = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
+    if not turns:
+        raise DataError("the conversation has no message of the assistant, expected at least one to learn from")
+    text = _render(tokenizer, messages)
+    marker = _MARKER
+    while marker in text:
+        marker += _MARKER
+    spans: list[tuple[int, int]] = []
+    for i in turns[-1:] if last_turn_only else turns:
+        probe = _render(tokenizer, (*messages[:i], ("assistant", marker), *messages[i + 1 :]))
+        before, found, after = probe.partition(marker)
+        if not found or marker in after:
+            raise _template_error(i, "does not render the answer exactly once")
+        if not after.startswith(END_OF_TURN):
+            raise _template_error(i, f"closes the answer with {after[:20]!r}, expected {END_OF_TURN}")
+        stop = len(text) - len(after)
+        if not (text.endswith(after) and stop >= 0):
+            raise _template_error(i, "renders what follows the answer differently depending on the answer")
+        if not text[:stop].startswith(before):
+            # The answer changes what stands before it (Qwen3 puts reasoning into the <think> block): the model
+            # itself would write everything behind the generation prompt.
+            before = _render(tokenizer, messages[:i], generation_prompt=True)
+            if not text[:stop].startswith(before):
+                raise _template_error(i, "renders what precedes the answer differently depending on the answer")
+        if spans and len(before) < spans[-1][1]:
+            raise _template_error(i, "renders the answers out of order")
+        spans.append((len(before), stop + len(END_OF_TURN)))
+    return text, spans
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_prompt: bool = False) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template, expected that of a Qwen2 or Qwen3 instruct model")
+    try:
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+            [{"role": role, "content": content} for role, content in messages],
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(role for role, _ in messages)
+        raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+
+
+def _template_error(turn: int, problem: str) -> DataError:
+    return DataError(
+        f"the chat template {problem} (message {turn}), so the answer cannot be located; expected a ChatML template "
+        "as Qwen2.5 and Qwen3 have (tokenizer.chat_template)"
+    )
+
+
+def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """For each token whether its characters lie inside one of ``spans``."""
+    begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    learned = np.zeros(len(begin), dtype=bool)
+    for start, stop in spans:
+        if not ((begin == stop - len(END_OF_TURN)) & (end == stop)).any():
+            raise DataError(
+                f"the tokenizer does not hold {END_OF_TURN} as one token, expected that of a Qwen2 or Qwen3"
+            )
+        learned |= (begin >= start) & (end <= stop)
+    return learned.tolist()

@@ -1,0 +1,371 @@
+"""Files to records: conversations and plain texts, and a word on every row that could not be used.
+
+A row is one line of a ``.jsonl`` file, one element of a ``.json`` list or one ``.txt`` file. Its format is recognised
+by its keys, the most specific first. A row that cannot be used is named with its file, its line and the reason, and
+counted: more than a small share of such rows stops the reading, because they are then no accident.
+
+``.json`` lists are decoded element by element, so that every row has its line; a list that is broken somewhere is
+refused whole, since how much is lost behind the fault cannot be known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SUFFIXES = (".json", ".jsonl", ".txt")
+# Keys whose content the templates would need and this module does not pass on; ignoring them would change the data.
+_UNSUPPORTED_ROW_KEYS = ("tools", "functions", "history")
+_UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content")
+_ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+_SPACE = re.compile(r"[ \t\n\r]*")
+_SHOWN = 5  # bad rows quoted in errors
+
+
+class DataError(ValueError):
+    """The data, the tokenizer's template or a saved data cursor cannot be used as asked."""
+
+
+class _RowError(ValueError):
+    """Reason why one row is bad; becomes a ``BadRow``."""
+
+
+Messages = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """``messages``: (role, content) pairs in order; roles are system, user, assistant and tool."""
+
+    messages: Messages
+
+
+Record = Conversation | str
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that was left out: its file, its line (from 1) and why."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """What ``read_records`` found.
+
+    ``records``: conversations and plain texts (``str``) in the order of files and rows. ``format``: the one format
+    recognised, or all of them with counts. ``bad_rows``: every row left out. ``files``: files read. ``ignored``:
+    files of a folder that have another suffix. ``split``: the split kept, None where no row names one.
+    ``other_splits``: rows left to other splits.
+    """
+
+    records: tuple[Record, ...]
+    format: str
+    bad_rows: tuple[BadRow, ...]
+    files: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    split: str | None = None
+    other_splits: int = 0
+
+
+def read_records(
+    path: Path | str, *, strict: bool = False, max_bad_share: float = 0.01, split: str | None = None
+) -> RecordSet:
+    """Read a ``.jsonl``, ``.json`` (list of objects or strings) or ``.txt`` file (one document), or a folder of them.
+
+    A folder is read with its subfolders in sorted order; hidden files and other suffixes are left out. Per row the
+    formats ``messages``, ``sharegpt`` (``conversations``), ``prompt/completion``, ``alpaca`` (``instruction``,
+    ``input``, ``output``), ``question/answer`` and ``text`` are recognised, in this order. A ``system`` string beside
+    a conversation becomes its first message. Where rows carry ``split`` and ``split`` is given, only the rows of that
+    split are examined; where none carries it, all are kept and ``RecordSet.split`` is None.
+
+    Raises ``DataError`` at the first bad row if ``strict``; when more than ``max_bad_share`` of the examined rows are
+    bad; when nothing usable is left; and for a ``.json`` file that is not one well-formed list, since how much is
+    lost behind the fault cannot be known.
+    """
+    if not 0 <= max_bad_share <= 1:
+        raise DataError(f"max_bad_share is {max_bad_share}, expected a share from 0 to 1")
+    files, ignored = _list_files(Path(path))
+    records: list[Record] = []
+    names: list[str] = []
+    places: list[tuple[str, int]] = []
+    labelled: list[bool] = []
+    bad: list[BadRow] = []
+    others: Counter[str] = Counter()
+
+    def refuse(file: str, line: int, reason: str) -> None:
+        bad.append(BadRow(file, line, reason))
+        if strict:
+            raise DataError(f"bad row: {bad[-1]} (repair it, or read without --strict to leave such rows out)")
+
+    for file in files:
+        for line, value, reason in _rows(file):
+            if reason is not None:
+                refuse(str(file), line, reason)
+                continue
+            has_split = split is not None and isinstance(value, dict) and "split" in value
+            if has_split and value["split"] != split:
+                others[str(value["split"])] += 1
+                continue
+            try:
+                name, record = _parse(value)
+            except _RowError as error:
+                refuse(str(file), line, str(error))
+                continue
+            records.append(record)
+            names.append(name)
+            places.append((str(file), line))
+            labelled.append(has_split)
+
+    uses_split = bool(others) or any(labelled)
+    if uses_split and not all(labelled):
+        # Neither keeping nor dropping these silently is right: they could belong to either side.
+        for (name, line), has_split in zip(places, labelled, strict=True):
+            if not has_split:
+                refuse(name, line, 'no "split" key, while other rows have one')
+        records = [r for r, has_split in zip(records, labelled, strict=True) if has_split]
+        names = [n for n, has_split in zip(names, labelled, strict=True) if has_split]
+
+    examined = len(records) + len(bad)
+    if len(bad) > max_bad_share * examined:
+        quoted = "; ".join(str(b) for b in bad[:_SHOWN])
+        raise DataError(
+            f"{path}: {len(bad)} of {examined} rows are bad, expected at most {max_bad_share:.2%}; the first: {quoted}."
+            " Repair the file, or allow a larger share with max_bad_share"
+        )
+    if not records:
+        there = f"; splits found: {dict(others)}" if others else ""
+        raise DataError(f"{path}: no usable record{f' in split {split!r}' if split else ''}{there}")
+    counts = Counter(names).most_common()
+    return RecordSet(
+        records=tuple(records),
+        format=counts[0][0] if len(counts) == 1 else " + ".join(f"{name} ({count})" for name, count in counts),
+        bad_rows=tuple(bad),
+        files=tuple(str(f) for f in files),
+        ignored=tuple(str(f) for f in ignored),
+        split=split if uses_split else None,
+        other_splits=sum(others.values()),
+    )
+
+
+def _list_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Files to read, and files of a folder that are not read."""
+    if path.is_file():
+        if path.suffix.lower() not in _SUFFIXES:
+            raise DataError(f"{path}: got suffix {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+        return [path], []
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder; give --data a {', '.join(_SUFFIXES)} file or a folder")
+    found = [
+        f
+        for f in sorted(path.rglob("*"), key=lambda f: f.relative_to(path).as_posix())
+        if f.is_file() and not any(part.startswith(".") for part in f.relative_to(path).parts)
+    ]
+    files = [f for f in found if f.suffix.lower() in _SUFFIXES]
+    if not files:
+        raise DataError(f"{path}: the folder holds none of {', '.join(_SUFFIXES)} among its {len(found)} files")
+    return files, [f for f in found if f.suffix.lower() not in _SUFFIXES]
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """(line, value, None) of each row of ``file``, or (line, None, reason) where it cannot be decoded."""
+    suffix = file.suffix.lower()
+    if suffix == ".jsonl":
+        yield from _rows_of_lines(file)
+    elif suffix == ".json":
+        yield from _rows_of_list(file)
+    else:
+        data = file.read_bytes()
+        try:
+            yield 1, data.decode("utf-8-sig"), None
+        except UnicodeDecodeError as error:
+            line = 1 + data.count(b"\n", 0, error.start)
+            yield line, None, f"invalid UTF-8 at byte {error.start} of the file ({error.reason})"
+
+
+def _rows_of_lines(file: Path) -> Iterator[tuple[int, Any, str | None]]:
+    # Binary iteration breaks at \n alone: JSON strings may hold the other line separators of Unicode.
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            if not raw.strip():
+                continue
+            try:
+                value, reason = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")), None
+            except UnicodeDecodeError as error:
+                value, reason = None, f"invalid UTF-8 at byte {error.start} of the line ({error.reason})"
+            except (ValueError, RecursionError) as error:
+                value, reason = None, f"malformed JSON: {error}"
+            yield number, value, reason
+
+
+def _rows_of_list(file: Path) -> Iterator[tuple[int, Any, str | None]]:
+    # Element by element, to know each one's line. Bytes that are no UTF-8 become lone surrogates, which
+    # _string refuses in the one row that holds them.
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    decoder = json.JSONDecoder()
+
+    def fail(position: int, what: str) -> DataError:
+        line = 1 + text.count("\n", 0, position)
+        return DataError(
+            f"{file}:{line}: {what}; expected one list of objects or strings. What follows cannot be read: repair the "
+            "file, or store one object per line as .jsonl"
+        )
+
+    def skip(position: int) -> int:
+        found = _SPACE.match(text, position)
+        return found.end() if found else position
+
+    position = skip(0)
+    if text[position : position + 1] != "[":
+        raise fail(position, f"malformed JSON: got {text[position : position + 20]!r} where a list should begin")
+    position = skip(position + 1)
+    closed = text[position : position + 1] == "]"
+    line, counted = 1, 0
+    while not closed:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise fail(getattr(error, "pos", position), f"malformed JSON: {error}") from error
+        yield line, value, None
+        position = skip(position)
+        closed = text[position : position + 1] == "]"
+        if not closed:
+            if text[position : position + 1] != ",":
+                raise fail(position, "malformed JSON: expected ',' or ']' after a row")
+            position = skip(position + 1)
+    rest = skip(position + 1)
+    if rest != len(text):
+        raise fail(rest, "malformed JSON: something follows the list")
+
+
+def _parse(value: Any) -> tuple[str, Record]:
+    """Format name and record of a decoded row; raises ``_RowError``."""
+    if isinstance(value, str):
+        return "text", _text(value)
+    if not isinstance(value, dict):
+        raise _RowError(f"wrong type: got {_kind(value)}, expected an object or a string")
+    for key in _UNSUPPORTED_ROW_KEYS:
+        if value.get(key):
+            raise _RowError(f'the key "{key}" is not supported')
+    for name, keys, build in _FORMATS:
+        if all(key in value for key in keys):
+            return name, build(value)
+    known = ", ".join("+".join(keys) for _, keys, _ in _FORMATS)
+    raise _RowError(f"missing keys: got {', '.join(map(str, value)) or 'none'}; expected one of: {known}")
+
+
+def _from_messages(row: dict[str, Any]) -> Record:
+    return _from_turns(row, "messages", "role", "content", {role: role for role in _ROLES})
+
+
+def _from_sharegpt(row: dict[str, Any]) -> Record:
+    return _from_turns(row, "conversations", "from", "value", _SHAREGPT_ROLES)
+
+
+def _from_turns(row: dict[str, Any], key: str, role_key: str, content_key: str, roles: dict[str, str]) -> Record:
+    turns = row[key]
+    if not isinstance(turns, list):
+        raise _RowError(f'wrong type: "{key}" is {_kind(turns)}, expected a list')
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        where = f"{key}[{number - 1}]"
+        if not isinstance(turn, dict):
+            raise _RowError(f"wrong type: {where} is {_kind(turn)}, expected an object")
+        for unsupported in _UNSUPPORTED_MESSAGE_KEYS:
+            if turn.get(unsupported):
+                raise _RowError(f'{where}: the key "{unsupported}" is not supported')
+        missing = [k for k in (role_key, content_key) if k not in turn]
+        if missing:
+            raise _RowError(f"missing keys: {where} has no {', '.join(missing)}")
+        role = _string(turn[role_key], f"{where}.{role_key}")
+        if role not in roles:
+            raise _RowError(f"unknown role {role!r} in {where}, expected one of {', '.join(roles)}")
+        messages.append((roles[role], _string(turn[content_key], f"{where}.{content_key}")))
+    return _conversation(row, messages)
+
+
+def _from_pair(prompt_key: str, answer_key: str) -> Callable[[dict[str, Any]], Record]:
+    def build(row: dict[str, Any]) -> Record:
+        user, answer = _string(row[prompt_key], prompt_key), _string(row[answer_key], answer_key)
+        return _conversation(row, [("user", user), ("assistant", answer)])
+
+    return build
+
+
+def _from_alpaca(row: dict[str, Any]) -> Record:
+    user = _string(row["instruction"], "instruction")
+    extra = row.get("input")
+    if extra is not None and _string(extra, "input"):
+        user += "\n\n" + extra
+    return _conversation(row, [("user", user), ("assistant", _string(row["output"], "output"))])
+
+
+def _conversation(row: dict[str, Any], messages: list[tuple[str, str]]) -> Conversation:
+    if row.get("system") is not None:
+        system = _string(row["system"], "system")
+        if system and (not messages or messages[0][0] != "system"):
+            messages = [("system", system), *messages]
+    roles = [role for role, _ in messages]
+    if "assistant" not in roles:
+        raise _RowError("missing answer: no message of the assistant")
+    if "user" not in roles[: roles.index("assistant")]:
+        raise _RowError("missing prompt: no message of the user before the first answer")
+    for role, content in messages:
+        if role in ("user", "assistant") and not content.strip():
+            raise _RowError("empty answer" if role == "assistant" else "empty prompt")
+    return Conversation(tuple(messages))
+
+
+def _text(value: Any) -> str:
+    text = _string(value, "text")
+    if not text.strip():
+        raise _RowError("empty text")
+    return text
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _RowError(f'wrong type: "{where}" is {_kind(value)}, expected a string')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _RowError(f'invalid UTF-8: "{where}" holds a lone surrogate or a stray byte at {error.start}') from error
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+# Most specific first: an Alpaca file often carries the rendered whole as "text" too.
+_FORMATS: tuple[tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Record]], ...] = (
+    ("messages", ("messages",), _from_messages),
+    ("sharegpt", ("conversations",), _from_sharegpt),
+    ("prompt/completion", ("prompt", "completion"), _from_pair("prompt", "completion")),
+    ("alpaca", ("instruction", "output"), _from_alpaca),
+    ("question/answer", ("question", "answer"), _from_pair("question", "answer")),
+    ("text", ("text",), lambda row: _text(row["text"])),
+)
