@@ -3,10 +3,10 @@
     python assets/make_peel_table.py             run what is missing, a line each
     python assets/make_peel_table.py --summary   print the table
 
-tiny_coder on the standard library's instructions, 200 steps of two micro-batches of 512 tokens: everything open from
-the first step; v7 at a fifth of its length (the head alone for 40 steps, then two layers every 10); the same with a
-window of two layers that goes on rolling. Forgetting is the rise of the loss on held-out files of the library. Time is
-the processor's, not the clock's: machines are shared.
+tiny_coder on the standard library's instructions, 120 steps of two micro-batches of 512 tokens: everything open from
+the first step; v7 in its proportions (the head alone for 20 steps, then two layers every 20, so half of the run has
+everything open); the same with a window of two layers that goes on rolling. Forgetting is the rise of the loss on
+held-out files of the library. Time is the processor's, not the clock's: machines are shared.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any, Literal
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
-STEPS, ACCUMULATION = 200, 2
+STEPS, ACCUMULATION = 120, 2
 SCHEDULES: dict[str, tuple[str, int | None]] = {
     "none": ("none", None),
-    "v7 / 5": ("40:10:2", None),
-    "v7 / 5, window 2": ("40:10:2", 2),
+    "v7": ("20:20:2", None),
+    "v7, window 2": ("20:20:2", 2),
 }
 RATES = (3e-4, 6e-4)
 SEEDS = (0, 1)
 RULE: Literal["momentum"] = "momentum"
 RESULTS = ASSETS / "peel.jsonl"
-LOOKS = (50, 100, 150, 200)
+LOOKS = (40, 80, 120)
 
 
 def execute(schedule: str, rate: float, seed: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def summary() -> str:
     lines = list(read_lines(RESULTS))
     usual = {(x["lr"], x["seed"]): x["cpu_seconds"] for x in lines if x["schedule"] == "none"}
     rows = [
-        "| schedule | lr | held-out loss at step 100 | at 200 (seeds) | forgetting | time | votes, MB |",
+        "| schedule | lr | held-out loss at step 80 | at 120 (seeds) | forgetting | time | votes, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for schedule in SCHEDULES:
@@ -125,7 +125,7 @@ def summary() -> str:
             own = [x for x in lines if (x["schedule"], x["lr"]) == (schedule, rate)]
             if not own:
                 continue
-            half, last = ([dict(x["curve"])[step] for x in own] for step in (100, 200))
+            half, last = ([dict(x["curve"])[step] for x in own] for step in (80, 120))
             forgot = statistics.mean(x["source_after"] - x["source_before"] for x in own)
             pace = statistics.mean(x["cpu_seconds"] / usual[x["lr"], x["seed"]] for x in own)
             seeds = ", ".join(f"{x:.4f}" for x in last)
