@@ -20,8 +20,11 @@ tokens that the model never meets when the whole is tokenized).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 END_OF_TURN = "<|im_end|>"
 END_OF_DOCUMENT = "<|endoftext|>"
+ENCODING = "documents 1"
+"""Raised whenever the same records become other documents: what is kept on disk is then made again."""
 
 _MARKER = "\ue000"  # private use: no template contains it, and it grows until no conversation does
 _CHUNK = 256  # records per call of the tokenizer
@@ -90,6 +95,41 @@ class EncodedSet:
         part = slice(self.starts[index], self.starts[index + 1])
         return Encoded(self.input_ids[part].tolist(), self.answer[part].tolist())
 
+    def part(self, first: int, stop: int) -> EncodedSet:
+        """Documents ``first`` to ``stop`` - 1 as a set of its own: views of the same arrays, the whole's counts."""
+        begin, end = self.starts[first], self.starts[stop]
+        return replace(
+            self,
+            input_ids=self.input_ids[begin:end],
+            answer=self.answer[begin:end],
+            starts=self.starts[first : stop + 1] - begin,
+            record=self.record[first:stop],
+        )
+
+    @staticmethod
+    def joined(sets: Sequence[EncodedSet]) -> EncodedSet:
+        """The documents of several sets (at least one) of one ``seq_len``, in order; ``record`` counts on."""
+        borders = np.cumsum([0, *(s.tokens for s in sets)])
+        records = np.cumsum([0, *(int(s.record.max(initial=-1)) + 1 for s in sets)])
+        return EncodedSet(
+            input_ids=np.concatenate([s.input_ids for s in sets]),
+            answer=np.concatenate([s.answer for s in sets]),
+            starts=np.concatenate([[0], *(s.starts[1:] + b for s, b in zip(sets, borders, strict=False))]),
+            record=np.concatenate([s.record + r for s, r in zip(sets, records, strict=False)]),
+            seq_len=sets[0].seq_len,
+            cut=sum(s.cut for s in sets),
+            dropped=sum(s.dropped for s in sets),
+            split_texts=sum(s.split_texts for s in sets),
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over token ids, targets and borders."""
+        digest = hashlib.sha256()
+        for array, dtype in ((self.input_ids, "<i4"), (self.answer, "u1"), (self.starts, "<i8")):
+            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+        return digest.hexdigest()
+
 
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], *, last_turn_only: bool = False
@@ -121,13 +161,14 @@ def encode_records(
     *,
     last_turn_only: bool = False,
     progress: bool = True,
+    may_be_empty: bool = False,
 ) -> EncodedSet:
     """Encode all records, in order, as documents of at most ``seq_len`` tokens.
 
     A longer conversation is cut at ``seq_len``, or dropped where the cut leaves no target. A longer plain text is
     spread over several documents, each beginning with the last token of the one before, so that every token of the
     text but its first is a target exactly once. ``progress`` shows a bar on a terminal. Raises ``DataError`` as
-    ``encode_conversation`` does, and when no document is left.
+    ``encode_conversation`` does, and, unless it ``may_be_empty``, when no document is left.
     """
     if seq_len < 2:
         raise DataError(f"seq_len is {seq_len}, expected at least 2: a target needs a token before it (--seq-len)")
@@ -160,14 +201,14 @@ def encode_records(
                     cut += len(tokens) > seq_len
                     dropped += not keep(index, tokens[:seq_len], answer[:seq_len])
             bar.update(len(chunk))
-    if not ids:
+    if not ids and not may_be_empty:
         raise DataError(
             f"none of {len(items)} records left a target token: {cut} were longer than {seq_len} tokens before their "
             "answer began; give a larger --seq-len"
         )
     return EncodedSet(
-        input_ids=np.concatenate(ids),
-        answer=np.concatenate(answers),
+        input_ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]),
+        answer=np.concatenate([np.zeros(0, dtype=bool), *answers]),
         starts=np.cumsum([0, *map(len, ids)], dtype=np.int64),
         record=np.array(sources, dtype=np.int64),
         seq_len=seq_len,
@@ -175,6 +216,21 @@ def encode_records(
         dropped=dropped,
         split_texts=split_texts,
     )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides a record's tokens: vocabulary, merges, normaliser, special tokens, chat template.
+
+    Raises ``DataError`` for a tokenizer that is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(f"{type(tokenizer).__name__} gives no character offsets, expected a fast tokenizer")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Set by earlier calls, and no part of what a text becomes here.
+    backend.pop("truncation", None)
+    backend.pop("padding", None)
+    parts = [backend, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
@@ -189,11 +245,13 @@ def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
         f"data: {len(encoded):,} documents, {encoded.tokens:,} tokens, {encoded.answer_tokens:,} answer tokens "
         f"({encoded.answer_tokens / encoded.tokens:.1%})"
     )
-    lines.append(
-        f"data: {encoded.cut:,} records cut at {encoded.seq_len} tokens, {encoded.dropped:,} of them dropped with no "
-        f"answer left; {encoded.split_texts:,} texts split"
-    )
-    lines.append(f"data: {len(record_set.bad_rows):,} bad rows")
+    if encoded.cut or encoded.split_texts:
+        lines.append(
+            f"data: {encoded.cut:,} records cut at {encoded.seq_len} tokens, {encoded.dropped:,} of them dropped with "
+            f"no answer left; {encoded.split_texts:,} texts split"
+        )
+    if record_set.bad_rows:
+        lines.append(f"data: {len(record_set.bad_rows):,} bad rows")
     lines += [f"data:   {bad}" for bad in record_set.bad_rows[:_SHOWN]]
     return "\n".join(lines)
 

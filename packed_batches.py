@@ -6,16 +6,21 @@ and sdpa attention in any number of rows (5.23, tested). Its flash attention rea
 lets the documents of wider batches see each other: no flash attention with ``batch_size`` above 1.
 
 Order. Every random choice is a hash of (seed, epoch, element), so it needs no generator state and outlives numpy's.
-Each epoch packs anew within windows of shuffled documents, then shuffles the rows.
+Each epoch packs anew within windows of shuffled documents, then shuffles the rows. Documents come in blocks: one for a
+file, as many as it takes for a stream or a folder of token shards. A block is packed and dealt out by itself, so only
+one (and the next, while it is being prepared) is in memory, and a cursor names a block and a row in it.
+
+Several workers take turns: of a step's micro-batches, in the one global order, worker w of W takes those whose number
+leaves w when divided by W (:class:`WorkerShare`). The cursor is global and does not know how many workers there are.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -97,6 +102,35 @@ def shorten(encoded: EncodedSet, seq_len: int) -> Spans:
     return Spans(start[order], stop[order], origin[order])
 
 
+def recut(encoded: EncodedSet, seq_len: int) -> EncodedSet:
+    """The same documents as a set of documents of at most ``seq_len`` tokens, cut by the rules of ``shorten``; the set
+    itself where none is longer, an empty one where none keeps a target."""
+    longest = int(encoded.lengths.max(initial=0))
+    if longest <= seq_len:
+        return replace(encoded, seq_len=seq_len)
+    texts = [bool(encoded.answer[a + 1 : b].all()) for a, b in pairwise(encoded.starts.tolist())]
+    longer = encoded.lengths > seq_len
+    try:
+        spans = shorten(encoded, seq_len)
+    except DataError:
+        spans = Spans(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+    ids = [encoded.input_ids[a:b] for a, b in zip(spans.start, spans.stop, strict=True)]
+    answers = [encoded.answer[a:b].copy() for a, b in zip(spans.start, spans.stop, strict=True)]
+    for answer in answers:
+        answer[0] = False
+    dialogue = longer & ~np.array(texts)
+    return EncodedSet(
+        input_ids=np.concatenate([encoded.input_ids[:0], *ids]),
+        answer=np.concatenate([encoded.answer[:0], *answers]),
+        starts=np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        record=encoded.record[spans.origin],
+        seq_len=seq_len,
+        cut=int(dialogue.sum()),
+        dropped=int((dialogue & ~np.isin(np.arange(len(encoded)), spans.origin)).sum()),
+        split_texts=int((longer & np.array(texts)).sum()),
+    )
+
+
 def pack(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int, epoch: int) -> list[list[int]]:
     """Distribute documents of the given ``lengths`` over rows of ``seq_len`` tokens; every index occurs exactly once.
 
@@ -168,6 +202,11 @@ def _shuffled(count: int, *salts: int) -> np.ndarray:
     return np.argsort(_mix(np.arange(count, dtype=np.uint64) ^ key), kind="stable")
 
 
+def order_of(count: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch takes ``count`` blocks that can be taken in any order."""
+    return _shuffled(count, seed, epoch, 2).tolist()
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64 of each element, uint64; arrays wrap silently as wanted, numpy scalars would warn."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
@@ -176,31 +215,70 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+class Blocks(Protocol):
+    """Documents in blocks, epoch after epoch, each of them to be had at any time."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over what fixes all blocks; where content cannot be known in advance, over what names it."""
+        ...
+
+    def block(self, epoch: int, number: int) -> EncodedSet | None:
+        """Block ``number`` (from 0) of an epoch, perhaps an empty one; None behind the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneBlock:
+    """Documents that are all there: every epoch is one block of them."""
+
+    encoded: EncodedSet
+
+    @property
+    def fingerprint(self) -> str:
+        return self.encoded.fingerprint
+
+    def block(self, epoch: int, number: int) -> EncodedSet | None:
+        return self.encoded if number == 0 else None
+
+
+_Placed = tuple[EncodedSet, Spans, list[int]]
+"""A row: documents by number among the spans of a set."""
+
+
 class PackedBatches:
     """Endless iterator of ``Batch`` objects with exactly ``batch_size`` rows of ``seq_len`` tokens.
 
-    Each epoch deals out every document once, packed by ``pack`` (in file order where ``shuffle`` is False); a batch
-    may take its last rows from the next epoch. One object is one cursor: ``state_dict`` taken after a batch names the
-    batch that follows it, and iterating again goes on from there. ``resize`` changes the size of rows and batches from
-    the next batch on: what the epoch has not dealt yet is packed anew in rows of that size.
+    Each epoch deals out every document once, block by block, packed by ``pack`` (in their own order where ``shuffle``
+    is False); a batch may take its last rows from the next block or epoch. One object is one cursor: ``state_dict``
+    taken after a batch names the batch that follows it, and iterating again goes on from there. ``resize`` changes the
+    size of rows and batches from the next batch on: what the block has not dealt yet is packed anew in rows of that
+    size.
 
     Raises ``DataError`` for sizes out of range, no documents, or documents longer than ``seq_len``.
     """
 
     def __init__(
-        self, encoded: EncodedSet, *, seq_len: int, batch_size: int, pad_id: int, seed: int, shuffle: bool = True
+        self,
+        documents: EncodedSet | Blocks,
+        *,
+        seq_len: int,
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        shuffle: bool = True,
     ) -> None:
-        _check_sizes(encoded, seq_len, batch_size, pad_id)
-        self.encoded = encoded
+        self.blocks: Blocks = OneBlock(documents) if isinstance(documents, EncodedSet) else documents
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.pad_id = pad_id
         self.seed = seed
         self.shuffle = shuffle
+        self._encoded: EncodedSet
         self._whole = seq_len, batch_size
         self._earlier: tuple[tuple[int, int], ...] = ()
-        self._epoch = self._row = 0
-        self._enter(0)
+        self._epoch = self._block = self._row = 0
+        self._enter(0, 0)
 
     @property
     def epoch(self) -> int:
@@ -208,38 +286,52 @@ class PackedBatches:
         return self._epoch
 
     @property
-    def rows_in_epoch(self) -> int:
-        """Rows of the current epoch since the last change of their size; a shuffled epoch may differ from the next by a
+    def encoded(self) -> EncodedSet:
+        """The present block's documents."""
+        return self._encoded
+
+    @property
+    def rows_in_block(self) -> int:
+        """Rows of the current block since the last change of their size; a shuffled epoch may differ from the next by a
         few."""
         return len(self._rows)
 
     @property
+    def position(self) -> dict[str, int]:
+        """Where the cursor is: ``epoch``, ``block``, ``row`` of ``rows``, counted from 0."""
+        return {"epoch": self._epoch, "block": self._block, "row": self._row, "rows": len(self._rows)}
+
+    @property
     def fill(self) -> float:
-        """Share of the current epoch's positions that is not padding."""
+        """Share of the current block's positions that is not padding."""
         return fill_share(self._rows, self._spans.lengths, self.seq_len)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over all that fixes the order of batches except the seed: ids, masks, borders, shuffle, and the sizes
-        before any ``resize``."""
-        encoded, (seq_len, batch_size) = self.encoded, self._whole
-        digest = hashlib.sha256(f"packing 1, {seq_len}, {batch_size}, {self.shuffle}\0".encode())
-        for array, dtype in ((encoded.input_ids, "<i4"), (encoded.answer, "u1"), (encoded.starts, "<i8")):
-            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
-        return digest.hexdigest()
+        """SHA-256 over all that fixes the order of batches except the seed: the blocks, shuffle, and the sizes before
+        any ``resize``."""
+        seq_len, batch_size = self._whole
+        text = f"packing 2, {seq_len}, {batch_size}, {self.shuffle}, {self.blocks.fingerprint}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def __iter__(self) -> PackedBatches:
         return self
 
     def __next__(self) -> Batch:
-        rows = []
-        for _ in range(self.batch_size):
-            if self._row == len(self._rows):
-                self._row, self._earlier = 0, ()
-                self._enter(self._epoch + 1)
-            rows.append(self._rows[self._row])
-            self._row += 1
-        return _assemble(self.encoded, self._spans, rows, self.seq_len, self.pad_id)
+        rows = [self._next_row() for _ in range(self.batch_size)]
+        return _assemble(rows, self.seq_len, self.pad_id)
+
+    def skip(self, batches: int) -> None:
+        """Pass over so many batches without making them."""
+        for _ in range(batches * self.batch_size):
+            self._next_row()
+
+    def _next_row(self) -> _Placed:
+        while self._row == len(self._rows):
+            self._row, self._earlier = 0, ()
+            self._enter(self._epoch, self._block + 1)
+        self._row += 1
+        return self._encoded, self._spans, self._rows[self._row - 1]
 
     def resize(self, seq_len: int, batch_size: int) -> None:
         """Batches of ``batch_size`` rows of ``seq_len`` tokens from the next one on; longer documents are cut as by
@@ -255,17 +347,20 @@ class PackedBatches:
         if seq_len == self.seq_len:
             return
         earlier = (*self._earlier, (self.seq_len, self._row))
-        spans, rows = self._plan(self._epoch, seq_len, earlier)
+        spans, rows = self._plan(self._encoded, self._epoch, seq_len, earlier)
         self._spans, self.seq_len, self._earlier, self._rows, self._row = spans, seq_len, earlier, rows, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor in plain types: ``epoch`` and ``row`` of the next row, ``seed``, ``fingerprint``; the present
-        ``seq_len`` and ``batch_size``; ``earlier``: row lengths used before in this epoch, each with how many rows."""
+        """The cursor in plain types: ``epoch``, ``block`` and ``row`` of the next row, ``seed``, ``fingerprint``,
+        ``content`` (the block's fingerprint); the present ``seq_len`` and ``batch_size``; ``earlier``: row lengths used
+        before in this block, each with how many rows."""
         return {
             "epoch": self._epoch,
+            "block": self._block,
             "row": self._row,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            "content": self._encoded.fingerprint,
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
             "earlier": [list(pair) for pair in self._earlier],
@@ -277,7 +372,7 @@ class PackedBatches:
         Raises ``DataError``, the cursor unmoved, when keys are missing or when the state belongs to other data,
         another seed or a position that does not exist.
         """
-        kinds = {"epoch": int, "row": int, "seed": int, "fingerprint": str}
+        kinds = {"epoch": int, "block": int, "row": int, "seed": int, "fingerprint": str, "content": str}
         kinds |= {"seq_len": int, "batch_size": int, "earlier": list}
         for key, kind in kinds.items():
             if not isinstance(state.get(key), kind):
@@ -300,35 +395,89 @@ class PackedBatches:
                 f"data state: got rows of {seq_len} tokens in batches of {batch_size}, expected 2 to {whole} and at "
                 "least 1; the checkpoint is damaged, resume from an older one"
             )
-        spans, rows = self._plan(state["epoch"], seq_len, earlier) if state["epoch"] >= 0 else (self._spans, [])
-        if not 0 <= state["row"] <= len(rows) or not (rows or earlier):
+        epoch, number = state["epoch"], state["block"]
+        present = (epoch, number) == (self._epoch, self._block)
+        if present:
+            encoded: EncodedSet | None = self._encoded
+        else:
+            encoded = self.blocks.block(epoch, number) if min(epoch, number) >= 0 else None
+        if encoded is not None and encoded.fingerprint != state["content"]:
             raise DataError(
-                f"data state: got row {state['row']} of epoch {state['epoch']}, expected 0 to {len(rows)}; the "
-                "checkpoint is damaged, resume from an older one"
+                f"data state: block {number} of epoch {epoch} has changed since the checkpoint was saved: the stream "
+                "no longer gives the same rows; pin its revision (ID@REVISION), or start without --resume"
             )
-        self._epoch, self._row, self._rows, self._earlier = state["epoch"], state["row"], rows, earlier
-        self._spans, self.seq_len, self.batch_size = spans, seq_len, batch_size
+        spans, rows = self._plan(encoded, epoch, seq_len, earlier) if encoded is not None else (self._spans, [])
+        if encoded is None or not 0 <= state["row"] <= len(rows) or not (rows or earlier):
+            raise DataError(
+                f"data state: got row {state['row']} of block {number} of epoch {epoch}, expected 0 to {len(rows)}; "
+                "the checkpoint is damaged, resume from an older one"
+            )
+        self._encoded, self._epoch, self._block, self._row = encoded, epoch, number, state["row"]
+        self._rows, self._earlier, self._spans = rows, earlier, spans
+        self.seq_len, self.batch_size = seq_len, batch_size
 
-    def _enter(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._spans, self._rows = self._plan(epoch, self.seq_len, ())
+    def _enter(self, epoch: int, number: int) -> None:
+        """The first block with documents from there on."""
+        begun = epoch
+        while True:
+            encoded = self.blocks.block(epoch, number)
+            if encoded is None:
+                epoch, number = epoch + 1, 0
+                if epoch > begun + 1:
+                    raise DataError("got no documents in a whole epoch, expected at least one")
+                continue
+            if len(encoded):
+                break
+            number += 1
+        _check_sizes(encoded, self._whole[0], self.batch_size, self.pad_id)
+        spans, rows = self._plan(encoded, epoch, self.seq_len, ())
+        self._encoded, self._epoch, self._block = encoded, epoch, number
+        self._spans, self._rows = spans, rows
 
-    def _plan(self, epoch: int, seq_len: int, earlier: Sequence[tuple[int, int]]) -> tuple[Spans, list[list[int]]]:
-        """Documents at that length, and the rows of those that the epoch has not dealt out in ``earlier`` sizes."""
-        waiting = np.ones(len(self.encoded), dtype=bool)
+    def _plan(
+        self, encoded: EncodedSet, epoch: int, seq_len: int, earlier: Sequence[tuple[int, int]]
+    ) -> tuple[Spans, list[list[int]]]:
+        """Documents at that length, and the rows of those that the block has not dealt out in ``earlier`` sizes."""
+        waiting = np.ones(len(encoded), dtype=bool)
         for tokens, count in earlier:
-            spans, rows = self._pack(epoch, tokens, waiting)
+            spans, rows = self._pack(encoded, epoch, tokens, waiting)
             # A text in several pieces counts as dealt out with the first of them.
             waiting[spans.origin[[i for row in rows[:count] for i in row]]] = False
-        return self._pack(epoch, seq_len, waiting)
+        return self._pack(encoded, epoch, seq_len, waiting)
 
-    def _pack(self, epoch: int, seq_len: int, waiting: np.ndarray) -> tuple[Spans, list[list[int]]]:
+    def _pack(
+        self, encoded: EncodedSet, epoch: int, seq_len: int, waiting: np.ndarray
+    ) -> tuple[Spans, list[list[int]]]:
         whole = seq_len == self._whole[0]
-        spans = Spans.of(self.encoded) if whole else shorten(self.encoded, seq_len)
+        spans = Spans.of(encoded) if whole else shorten(encoded, seq_len)
         chosen = np.flatnonzero(waiting[spans.origin])
         lengths = spans.lengths[chosen]
         rows = pack(lengths, seq_len, self.seed, epoch) if self.shuffle else pack_in_order(lengths, seq_len)
         return spans, [chosen[row].tolist() for row in rows]
+
+
+class WorkerShare:
+    """Of the batches of one global order, those of one of several workers.
+
+    Batch number n (from 0) belongs to worker n mod ``workers``. After each worker's n-th batch all cursors have passed
+    the same n · ``workers`` batches: a state taken then serves any number of workers.
+    """
+
+    def __init__(self, batches: PackedBatches, worker: int, workers: int) -> None:
+        if not 0 <= worker < workers:
+            raise DataError(f"worker is {worker} of {workers}, expected 0 to {workers - 1}")
+        self.batches = batches
+        self.worker = worker
+        self.workers = workers
+
+    def __iter__(self) -> WorkerShare:
+        return self
+
+    def __next__(self) -> Batch:
+        self.batches.skip(self.worker)
+        batch = next(self.batches)
+        self.batches.skip(self.workers - 1 - self.worker)
+        return batch
 
 
 def evaluation_batches(encoded: EncodedSet, seq_len: int, batch_size: int, pad_id: int) -> Iterator[Batch]:
@@ -337,11 +486,9 @@ def evaluation_batches(encoded: EncodedSet, seq_len: int, batch_size: int, pad_i
     Raises ``DataError`` as ``PackedBatches``, at the call.
     """
     _check_sizes(encoded, seq_len, batch_size, pad_id)
-    rows = pack_in_order(encoded.lengths, seq_len)
-    return (
-        _assemble(encoded, Spans.of(encoded), rows[first : first + batch_size], seq_len, pad_id)
-        for first in range(0, len(rows), batch_size)
-    )
+    spans = Spans.of(encoded)
+    rows: list[_Placed] = [(encoded, spans, row) for row in pack_in_order(encoded.lengths, seq_len)]
+    return (_assemble(rows[first : first + batch_size], seq_len, pad_id) for first in range(0, len(rows), batch_size))
 
 
 def _check_sizes(encoded: EncodedSet, seq_len: int, batch_size: int, pad_id: int) -> None:
@@ -354,13 +501,13 @@ def _check_sizes(encoded: EncodedSet, seq_len: int, batch_size: int, pad_id: int
     _checked_lengths(encoded.lengths, seq_len)
 
 
-def _assemble(encoded: EncodedSet, spans: Spans, rows: Sequence[Sequence[int]], seq_len: int, pad_id: int) -> Batch:
+def _assemble(rows: Sequence[_Placed], seq_len: int, pad_id: int) -> Batch:
     ids = np.full((len(rows), seq_len), pad_id, dtype=np.int64)
     labels = np.full((len(rows), seq_len), NOT_LEARNED, dtype=np.int64)
     positions = np.zeros((len(rows), seq_len), dtype=np.int64)
     count = np.arange(seq_len)
     tokens = 0
-    for r, row in enumerate(rows):
+    for r, (encoded, spans, row) in enumerate(rows):
         at = 0
         for document in row:
             start, stop = spans.start[document], spans.stop[document]
@@ -377,7 +524,7 @@ def _assemble(encoded: EncodedSet, spans: Spans, rows: Sequence[Sequence[int]], 
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(positions),
-        documents=sum(map(len, rows)),
+        documents=sum(len(row) for *_, row in rows),
         tokens=tokens,
         answer_tokens=int((labels != NOT_LEARNED).sum()),
     )

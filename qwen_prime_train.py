@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import manifolds
 import memory_plan
 import prime_cli
-from answer_masks import EncodedSet, describe, encode_records
+from answer_masks import EncodedSet
 from ghost_core import GhostError, grids_of
 from night_shift import (
     AntigravitySentinel,
@@ -64,7 +64,8 @@ from qwen_prime_wrapper import (
     tokenizer_from_checkpoint,
 )
 from run_folder import RunFolder, run_name
-from text_records import DataError, read_records
+from text_records import DataError
+from training_data import DataSettings, TrainingData, open_data
 from vote_rules import RuleError
 from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, VoteTrainer
 
@@ -72,17 +73,18 @@ log = logging.getLogger("train")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Recipe):
+class TrainConfig(Recipe, DataSettings):
     """Fine-tune a PRIME checkpoint by integer votes."""
 
     checkpoint: Path
     """Where to start: NAME_prime_init.pt, or a training checkpoint."""
-    data: Path | None = None
-    """Records to learn: .jsonl, .json, .txt or a folder; where records carry a split, those of "train"."""
+    data: str | None = None
+    """What to learn: a .jsonl, .json, .parquet or .txt file, a folder of them or of token shards, or a dataset id
+    OWNER/NAME[:CONFIG][@REVISION], which is streamed."""
     output_dir: Path | None = None
     """The run's folder: config, statistics, events, samples and checkpoints."""
-    eval_data: Path | None = None
-    """Held-out records; by default those of --data whose split is "eval", if there are any."""
+    eval_data: str | None = None
+    """What to score, in the same forms; by default what --data holds out itself, else a share of it (--hold-out)."""
     seq_len: int = 512
     """Tokens in a packed row."""
     batch_size: int = 1
@@ -118,7 +120,8 @@ class TrainConfig(Recipe):
     """For --plan: GiB of the card; by default those of --device."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Recipe.__post_init__(self)
+        DataSettings.__post_init__(self)
         for name in ("seq_len", "batch_size", "save_every", "keep_last", "samples", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
@@ -152,20 +155,12 @@ class TrainConfig(Recipe):
 # -- what a run reads -------------------------------------------------------------------------------------------------
 
 
-def load_data(config: TrainConfig, tokenizer: Any) -> tuple[EncodedSet, EncodedSet | None]:
-    """Training records and, where there are any, held-out ones, encoded with the checkpoint's tokenizer."""
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """The run's documents, encoded with the checkpoint's tokenizer."""
     assert config.data is not None, "checked by the config"
-    records = read_records(config.data, split="train")
-    encoded = encode_records(records, tokenizer, config.seq_len)
-    log.info(describe(records, encoded))
-    if config.eval_data is None and records.split is None:
-        return encoded, None
-    held_out = read_records(config.eval_data or config.data, split="eval")
-    if not held_out.records:
-        return encoded, None
-    held = encode_records(held_out, tokenizer, config.seq_len)
-    log.info("held out: " + describe(held_out, held))
-    return encoded, held
+    found = open_data(config.data, config.eval_data, tokenizer, config.seq_len, config, config.seed)
+    log.info(found.summary)
+    return found
 
 
 def make_compact(model: PreTrainedModel, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +207,6 @@ class Session:
         trainer: VoteTrainer,
         config: TrainConfig,
         base: dict[str, Any],
-        encoded: EncodedSet,
         held: EncodedSet | None,
         tokenizer: PreTrainedTokenizerBase,
         best: dict[str, Any] | None,
@@ -222,7 +216,6 @@ class Session:
         self.watch = trainer.watch
         self.config = config
         self.base = base
-        self.encoded = encoded
         self.held = held
         self.tokenizer = tokenizer
         self.best = best
@@ -257,7 +250,7 @@ class Session:
 
     def sample(self) -> None:
         """Continue a few held-out prompts (of the training data where nothing is held out) into ``samples.jsonl``."""
-        documents = self.held or self.encoded
+        documents = self.held or self.trainer.batches.encoded
         count = min(self.config.samples, len(documents))
         for number in range(count):
             document = documents.document(number * len(documents) // count)
@@ -348,6 +341,8 @@ class Session:
             answer_tokens=result.answer_tokens,
             tokens_per_s=result.tokens / seconds,
             seconds=seconds,
+            data=trainer.batches.position,
+            data_seconds=round(result.data_seconds, 6),
             lr=result.rate,
             peel_phase=trainer.supervisor.phase(done - 1),
             thawed_layers=len(trainer.supervisor.now or ()),
@@ -502,16 +497,18 @@ def main(config: TrainConfig) -> int:
     context = model.config.max_position_embeddings
     if config.seq_len > context:
         raise TrainError(f"seq-len is {config.seq_len}, the model's context {context}: choose at most that")
-    encoded, held = load_data(config, tokenizer)
+    data = load_data(config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = PackedBatches(encoded, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=pad, seed=config.seed)
+    batches = PackedBatches(
+        data.blocks, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=pad, seed=config.seed
+    )
     trainer = VoteTrainer(model, batches, config, config.watch())
     best = None
     if config.resume:
         trainer.restore(checkpoint)
         best = checkpoint["train_state"].get("best")
     base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}
-    session = Session(trainer, config, base, encoded, held, tokenizer, best)
+    session = Session(trainer, config, base, data.held, tokenizer, best)
     settings: dict[str, Any] = {
         **asdict(config),
         "lr": trainer.recipe.lr,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from prime_checkpoint import CheckpointError, load_checkpoint, one_line
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -307,8 +307,21 @@ def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> PreTrainedTokenizer
         return load_tokenizer(name)
 
 
-def locate_source(model: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """Folder of a source and its revision; a hub id is downloaded, or found in the cache when offline.
+def find_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a PRIME checkpoint, a folder or a hub id, of which only its small files are fetched.
+
+    Raises:
+        CheckpointError, ModelError: with what is wrong.
+    """
+    if Path(model).is_file():
+        return tokenizer_from_checkpoint(load_checkpoint(model))
+    return load_tokenizer(locate_source(str(model), files=_HUB_FILES[1:])[0])
+
+
+def locate_source(
+    model: str, revision: str | None = None, files: Sequence[str] = _HUB_FILES
+) -> tuple[Path, str | None]:
+    """Folder of a source and its revision; of a hub id those files are downloaded, or found in the cache when offline.
 
     Raises:
         ModelError: no such folder, and no such model on the hub.
@@ -319,7 +332,7 @@ def locate_source(model: str, revision: str | None = None) -> tuple[Path, str | 
     if not _HUB_ID.fullmatch(model) or (folder.parent.is_dir() and str(folder.parent) != "."):
         raise ModelError(f"no such folder: {model}")
     try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         # The hub client raises its own, its transport's and OS errors; offline, unknown id and no access all end here.
         raise ModelError(f"no folder {model}, and the hub does not give it: {one_line(error)}") from error

@@ -1,8 +1,12 @@
-"""Files to records: conversations and plain texts, and a word on every row that could not be used.
+"""Rows to records: conversations and plain texts, and a word on every row that could not be used.
 
-A row is one line of a ``.jsonl`` file, one element of a ``.json`` list or one ``.txt`` file. Its format is recognised
-by its keys, the most specific first. A row that cannot be used is named with its file, its line and the reason, and
-counted: more than a small share of such rows stops the reading, because they are then no accident.
+A row is one line of a ``.jsonl`` file, one element of a ``.json`` list, one row of a ``.parquet`` table, one ``.txt``
+file, or one row of a stream (``record_streams``). Its format is recognised by its keys, the most specific first. A row
+that cannot be used is named with its file, its line and the reason, and counted: more than a small share of such rows
+stops the reading, because they are then no accident.
+
+Every record has a key by which splits are drawn: the row's own ``id`` where it has one, else a hash of its prompt (two
+answers to one question stay together), so that a split depends on no order and survives an edit of its neighbours.
 
 ``.json`` lists are decoded element by element, so that every row has its line; a list that is broken somewhere is
 refused whole, since how much is lost behind the fault cannot be known.
@@ -10,15 +14,16 @@ refused whole, since how much is lost behind the fault cannot be known.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-_SUFFIXES = (".json", ".jsonl", ".txt")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 # Keys whose content the templates would need and this module does not pass on; ignoring them would change the data.
 _UNSUPPORTED_ROW_KEYS = ("tools", "functions", "history")
 _UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content")
@@ -71,137 +76,207 @@ class BadRow:
 
 
 @dataclass(frozen=True)
-class RecordSet:
-    """What ``read_records`` found.
+class Row:
+    """A row as it lies in its file: ``value`` decoded, or None and the ``fault`` that kept it from being decoded."""
 
-    ``records``: conversations and plain texts (``str``) in the order of files and rows. ``format``: the one format
-    recognised, or all of them with counts. ``bad_rows``: every row left out. ``files``: files read. ``ignored``:
-    files of a folder that have another suffix. ``split``: the split kept, None where no row names one.
-    ``other_splits``: rows left to other splits.
+    file: str
+    line: int
+    value: Any
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """What reading found.
+
+    ``records``: conversations and plain texts (``str``) in the order of files and rows. ``keys``: of each record, what
+    decides its split. ``formats``: those recognised, each with its count. ``bad_rows``: every row left out. ``files``:
+    what was read. ``ignored``: files of a folder that have another suffix. ``split``: the split kept, None where no row
+    names one. ``other_splits``: rows left to other splits.
     """
 
     records: tuple[Record, ...]
-    format: str
+    keys: tuple[str, ...]
+    formats: tuple[tuple[str, int], ...]
     bad_rows: tuple[BadRow, ...]
     files: tuple[str, ...]
     ignored: tuple[str, ...] = ()
     split: str | None = None
     other_splits: int = 0
 
+    @property
+    def format(self) -> str:
+        """The one format recognised, or all of them with counts."""
+        if len(self.formats) == 1:
+            return self.formats[0][0]
+        return " + ".join(f"{name} ({count})" for name, count in self.formats)
+
+    def where(self, wanted: Callable[[str], bool]) -> RecordSet:
+        """The records whose key is wanted; what was found beside records stays."""
+        chosen = [i for i, key in enumerate(self.keys) if wanted(key)]
+        return replace(self, records=tuple(self.records[i] for i in chosen), keys=tuple(self.keys[i] for i in chosen))
+
+
+def drawn(key: str, share: float) -> bool:
+    """Whether a key belongs to the ``share`` (0 to 1) of all keys that is drawn: those with the lowest hashes."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2.0**64
+
 
 def read_records(
     path: Path | str, *, strict: bool = False, max_bad_share: float = 0.01, split: str | None = None
 ) -> RecordSet:
-    """Read a ``.jsonl``, ``.json`` (list of objects or strings) or ``.txt`` file (one document), or a folder of them.
+    """Read a ``.jsonl``, ``.json`` (list of objects or strings), ``.parquet`` or ``.txt`` file (one document), or a
+    folder of them.
 
-    A folder is read with its subfolders in sorted order; hidden files and other suffixes are left out. Per row the
-    formats ``messages``, ``sharegpt`` (``conversations``), ``prompt/completion``, ``alpaca`` (``instruction``,
-    ``input``, ``output``), ``question/answer`` and ``text`` are recognised, in this order. A ``system`` string beside
-    a conversation becomes its first message. Where rows carry ``split`` and ``split`` is given, only the rows of that
-    split are examined; where none carries it, all are kept and ``RecordSet.split`` is None.
+    A folder is read with its subfolders in sorted order; hidden files and other suffixes are left out. Raises
+    ``DataError`` as ``sort_rows``, when nothing usable is left, and for a ``.json`` file that is not one well-formed
+    list, since how much is lost behind the fault cannot be known.
+    """
+    files, ignored = list_files(Path(path))
+    rows = (row for file in files for row in rows_of(file))
+    found = sort_rows(rows, strict=strict, max_bad_share=max_bad_share, split=split, where=str(path))
+    return replace(found, files=tuple(map(str, files)), ignored=tuple(map(str, ignored)))
+
+
+def sort_rows(
+    rows: Iterable[Row],
+    *,
+    strict: bool = False,
+    max_bad_share: float = 0.01,
+    split: str | None = None,
+    where: str = "the rows",
+    may_be_empty: bool = False,
+) -> RecordSet:
+    """Records of rows, and the rows that are none.
+
+    Per row the formats ``messages``, ``sharegpt`` (``conversations``), ``prompt/completion``, ``alpaca``
+    (``instruction``, ``input``, ``output``), ``question/answer`` and ``text`` are recognised, in this order. A
+    ``system`` string beside a conversation becomes its first message. Where rows carry ``split`` and ``split`` is
+    given, only the rows of that split are examined; where none carries it, all are kept and the result names no split.
 
     Raises ``DataError`` at the first bad row if ``strict``; when more than ``max_bad_share`` of the examined rows are
-    bad; when nothing usable is left; and for a ``.json`` file that is not one well-formed list, since how much is
-    lost behind the fault cannot be known.
+    bad; and, unless it ``may_be_empty``, when nothing usable is left.
     """
     if not 0 <= max_bad_share <= 1:
         raise DataError(f"max_bad_share is {max_bad_share}, expected a share from 0 to 1")
-    files, ignored = _list_files(Path(path))
-    records: list[Record] = []
-    names: list[str] = []
-    places: list[tuple[str, int]] = []
-    labelled: list[bool] = []
+    kept: list[tuple[Row, str, Record, bool]] = []
     bad: list[BadRow] = []
     others: Counter[str] = Counter()
 
-    def refuse(file: str, line: int, reason: str) -> None:
-        bad.append(BadRow(file, line, reason))
+    def refuse(row: Row, reason: str) -> None:
+        bad.append(BadRow(row.file, row.line, reason))
         if strict:
             raise DataError(f"bad row: {bad[-1]} (repair it, or read without --strict to leave such rows out)")
 
-    for file in files:
-        for line, value, reason in _rows(file):
-            if reason is not None:
-                refuse(str(file), line, reason)
-                continue
-            has_split = split is not None and isinstance(value, dict) and "split" in value
-            if has_split and value["split"] != split:
-                others[str(value["split"])] += 1
-                continue
-            try:
-                name, record = _parse(value)
-            except _RowError as error:
-                refuse(str(file), line, str(error))
-                continue
-            records.append(record)
-            names.append(name)
-            places.append((str(file), line))
-            labelled.append(has_split)
+    for row in rows:
+        if row.fault is not None:
+            refuse(row, row.fault)
+            continue
+        has_split = split is not None and isinstance(row.value, dict) and "split" in row.value
+        if has_split and row.value["split"] != split:
+            others[str(row.value["split"])] += 1
+            continue
+        try:
+            name, record = _parse(row.value)
+        except _RowError as error:
+            refuse(row, str(error))
+            continue
+        kept.append((row, name, record, has_split))
 
-    uses_split = bool(others) or any(labelled)
-    if uses_split and not all(labelled):
+    uses_split = bool(others) or any(labelled for *_, labelled in kept)
+    if uses_split and not all(labelled for *_, labelled in kept):
         # Neither keeping nor dropping these silently is right: they could belong to either side.
-        for (name, line), has_split in zip(places, labelled, strict=True):
-            if not has_split:
-                refuse(name, line, 'no "split" key, while other rows have one')
-        records = [r for r, has_split in zip(records, labelled, strict=True) if has_split]
-        names = [n for n, has_split in zip(names, labelled, strict=True) if has_split]
+        for row, _, _, labelled in kept:
+            if not labelled:
+                refuse(row, 'no "split" key, while other rows have one')
+        kept = [entry for entry in kept if entry[3]]
 
-    examined = len(records) + len(bad)
+    examined = len(kept) + len(bad)
     if len(bad) > max_bad_share * examined:
         quoted = "; ".join(str(b) for b in bad[:_SHOWN])
         raise DataError(
-            f"{path}: {len(bad)} of {examined} rows are bad, expected at most {max_bad_share:.2%}; the first: {quoted}."
-            " Repair the file, or allow a larger share with max_bad_share"
+            f"{where}: {len(bad)} of {examined} rows are bad, expected at most {max_bad_share:.2%}; the first: {quoted}"
+            ". Repair the data, or allow a larger share with --max-bad-share"
         )
-    if not records:
+    if not kept and not may_be_empty:
         there = f"; splits found: {dict(others)}" if others else ""
-        raise DataError(f"{path}: no usable record{f' in split {split!r}' if split else ''}{there}")
-    counts = Counter(names).most_common()
+        raise DataError(f"{where}: no usable record{f' in split {split!r}' if split else ''}{there}")
     return RecordSet(
-        records=tuple(records),
-        format=counts[0][0] if len(counts) == 1 else " + ".join(f"{name} ({count})" for name, count in counts),
+        records=tuple(record for _, _, record, _ in kept),
+        keys=tuple(_key(row, record) for row, _, record, _ in kept),
+        formats=tuple(Counter(name for _, name, _, _ in kept).most_common()),
         bad_rows=tuple(bad),
-        files=tuple(str(f) for f in files),
-        ignored=tuple(str(f) for f in ignored),
+        files=(where,),
         split=split if uses_split else None,
         other_splits=sum(others.values()),
     )
 
 
-def _list_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Files to read, and files of a folder that are not read."""
+def _key(row: Row, record: Record) -> str:
+    """What decides a record's split; see the module's docstring."""
+    own = row.value.get("id") if isinstance(row.value, dict) else None
+    if isinstance(own, str | int) and not isinstance(own, bool) and own != "":
+        return str(own)
+    prompt = record if isinstance(record, str) else next(text for role, text in record.messages if role == "user")
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def list_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Files to read, and files of a folder that are not read.
+
+    Raises ``DataError`` where there is none to read.
+    """
     if path.is_file():
-        if path.suffix.lower() not in _SUFFIXES:
-            raise DataError(f"{path}: got suffix {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path}: got suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
         return [path], []
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; give --data a {', '.join(_SUFFIXES)} file or a folder")
+        raise DataError(f"{path}: no such file or folder; give --data a {', '.join(SUFFIXES)} file or a folder")
     found = [
         f
         for f in sorted(path.rglob("*"), key=lambda f: f.relative_to(path).as_posix())
         if f.is_file() and not any(part.startswith(".") for part in f.relative_to(path).parts)
     ]
-    files = [f for f in found if f.suffix.lower() in _SUFFIXES]
+    files = [f for f in found if f.suffix.lower() in SUFFIXES]
     if not files:
-        raise DataError(f"{path}: the folder holds none of {', '.join(_SUFFIXES)} among its {len(found)} files")
-    return files, [f for f in found if f.suffix.lower() not in _SUFFIXES]
+        raise DataError(f"{path}: the folder holds none of {', '.join(SUFFIXES)} among its {len(found)} files")
+    return files, [f for f in found if f.suffix.lower() not in SUFFIXES]
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Any, str | None]]:
-    """(line, value, None) of each row of ``file``, or (line, None, reason) where it cannot be decoded."""
-    suffix = file.suffix.lower()
-    if suffix == ".jsonl":
-        yield from _rows_of_lines(file)
-    elif suffix == ".json":
-        yield from _rows_of_list(file)
-    else:
-        data = file.read_bytes()
-        try:
-            yield 1, data.decode("utf-8-sig"), None
-        except UnicodeDecodeError as error:
-            line = 1 + data.count(b"\n", 0, error.start)
-            yield line, None, f"invalid UTF-8 at byte {error.start} of the file ({error.reason})"
+def rows_of(file: Path) -> Iterator[Row]:
+    """The rows of one file, in order and as they are asked for. Raises ``DataError`` where the file as a whole cannot
+    be read."""
+    kind = {".jsonl": _rows_of_lines, ".json": _rows_of_list, ".parquet": _rows_of_table, ".txt": _row_of_text}
+    for line, value, fault in kind[file.suffix.lower()](file):
+        yield Row(str(file), line, value, fault)
+
+
+def _row_of_text(file: Path) -> Iterator[tuple[int, Any, str | None]]:
+    data = file.read_bytes()
+    try:
+        yield 1, data.decode("utf-8-sig"), None
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        yield line, None, f"invalid UTF-8 at byte {error.start} of the file ({error.reason})"
+
+
+def _rows_of_table(file: Path) -> Iterator[tuple[int, Any, str | None]]:
+    # pyarrow comes with datasets; a run on JSON does without the second it takes to import.
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value, None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: cannot be read as Parquet behind row {number}: {' '.join(str(error).split())[:200]}; fetch the "
+            "file again, or store its rows as .jsonl"
+        ) from error
 
 
 def _rows_of_lines(file: Path) -> Iterator[tuple[int, Any, str | None]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -151,6 +152,7 @@ class StepResult:
         micro_batches: how many were run.
         moved: by grid.
         rate: learning rate of the step.
+        data_seconds: spent on getting its micro-batches.
         verdict: the sentinel's; ``ok`` where there is none.
         measured: what the governor measured, by group of layers.
         agreement: cosines of (votes, shuffled votes) with the first micro-batch's descent direction, by group.
@@ -165,6 +167,7 @@ class StepResult:
     micro_batches: int
     moved: dict[str, Movement]
     rate: float
+    data_seconds: float = field(default=0.0, compare=False)
     verdict: Verdict = field(default_factory=lambda: Verdict("ok"))
     measured: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -260,9 +263,11 @@ class VoteTrainer:
         """The step's micro-batches and moves; None where memory ran out before the first was complete."""
         count = self.shape.grad_accum
         cursors, micro_batches = [], []
+        begun = time.perf_counter()
         for _ in range(count):
             cursors.append(self.batches.state_dict())
             micro_batches.append(next(self.batches))
+        waited = time.perf_counter() - begun
         answers = sum(b.answer_tokens for b in micro_batches)
         if answers == 0:
             raise TrainError(f"step {self.done} has no answer token: the data has nothing to learn at this seq-len")
@@ -307,6 +312,7 @@ class VoteTrainer:
             micro_batches=ran,
             moved=moved,
             rate=rate,
+            data_seconds=waited,
             events=events,
         )
 

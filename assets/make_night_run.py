@@ -51,7 +51,7 @@ def settings(folder: Path) -> Any:
 
     return train.TrainConfig(
         checkpoint=folder / "tiny_coder_prime_init.pt",
-        data=ASSETS / "stdlib_instruct.jsonl",
+        data=str(ASSETS / "stdlib_instruct.jsonl"),
         output_dir=folder / "run",
         steps=STEPS,
         grad_accum=ACCUMULATION,
@@ -222,10 +222,11 @@ def baseline(folder: Path, rate: float) -> dict[str, Any]:
 
     config = settings(folder)
     model, tokenizer, _ = load_model(ASSETS / "tiny_coder")
-    encoded, held = train.load_data(config, tokenizer)
+    data = train.load_data(config, tokenizer)
+    held = data.held
     assert held is not None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = PackedBatches(encoded, seq_len=SEQ_LEN, batch_size=1, pad_id=pad, seed=config.seed)
+    batches = PackedBatches(data.blocks, seq_len=SEQ_LEN, batch_size=1, pad_id=pad, seed=config.seed)
     recipe = train.Recipe(steps=STEPS, grad_accum=ACCUMULATION, lr=rate, device="cpu")
     trainer = quality.DenseTrainer(model, batches, recipe, quality.METHODS["adamw"])
     curve = []

@@ -166,7 +166,9 @@ def test_resume_goes_on_with_the_exact_next_batch(taken, shuffle):
     for _ in range(taken):
         next(whole)
     state = json.loads(json.dumps(whole.state_dict()))
-    assert set(state) == {"epoch", "row", "seed", "fingerprint", "seq_len", "batch_size", "earlier"}
+    assert set(state) == {
+        *("epoch", "block", "row", "seed", "fingerprint", "content", "seq_len", "batch_size", "earlier")
+    }
     if taken <= 41:
         assert (state["epoch"], state["row"]) == (0, 2 * taken)
     else:
@@ -182,7 +184,7 @@ def test_resume_goes_on_with_the_exact_next_batch(taken, shuffle):
 def test_resume_at_the_very_end_of_an_epoch():
     encoded = fake_set(random_lengths(40, 32), 32)
     whole, resumed = (PackedBatches(encoded, seq_len=32, batch_size=1, pad_id=0, seed=7) for _ in range(2))
-    for _ in range(whole.rows_in_epoch):
+    for _ in range(whole.rows_in_block):
         next(whole)
     resumed.load_state_dict(whole.state_dict())
     assert same(next(whole), next(resumed))

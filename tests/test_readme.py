@@ -18,6 +18,7 @@ CONFIGS = {
     "qwen_prime_train": "TrainConfig",
     "verify_qwen_prime": "VerifyConfig",
     "qwen_prime_eval": "EvalConfig",
+    "qwen_prime_data": "DataConfig",
     "qwen_prime_bench": "BenchConfig",
 }
 

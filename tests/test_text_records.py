@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_tools import SHARED, dialogue, write_lines
 
-from text_records import BadRow, Conversation, DataError, read_records
+from text_records import BadRow, Conversation, DataError, drawn, read_records
 
 FORMATS = {
     "messages": (
@@ -173,9 +173,9 @@ def test_split(tmp_path):
 def test_paths_that_cannot_be_read(tmp_path):
     (tmp_path / "x.csv").write_text("a,b")
     for path, message in (
-        (tmp_path / "x.csv", "got suffix '.csv', expected one of .json, .jsonl, .txt"),
+        (tmp_path / "x.csv", "got suffix '.csv', expected one of .json, .jsonl, .parquet, .txt"),
         (tmp_path / "none.jsonl", "no such file or folder"),
-        (tmp_path, "the folder holds none of .json, .jsonl, .txt among its 1 files"),
+        (tmp_path, "the folder holds none of .json, .jsonl, .parquet, .txt among its 1 files"),
         (tmp_path / "empty.jsonl", "no usable record"),
     ):
         if path.name == "empty.jsonl":
@@ -199,3 +199,48 @@ def test_real_files_and_their_formats():
         found = read_records(SHARED / name)
         assert (found.format, len(found.records)) == (form, records)
         assert [(b.line, b.reason) for b in found.bad_rows] == [(line, "empty answer") for line in bad_lines]
+
+
+def test_tables(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(2500)]
+    rows[1700]["output"] = ""
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = read_records(path)
+    assert (found.format, len(found.records)) == ("alpaca", 2499)
+    assert [(b.line, b.reason) for b in found.bad_rows] == [(1701, "empty answer")]
+    assert found.records[1] == dialogue("q1", "a1")
+    nested = pyarrow.Table.from_pylist(
+        [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    )
+    pyarrow.parquet.write_table(nested, tmp_path / "nested.parquet")
+    assert read_records(tmp_path / "nested.parquet").records == (dialogue("q", "a"),)
+    data = path.read_bytes()
+    for damage in (data[:-200], b"PAR1" + data[60:], b""):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match="cannot be read as Parquet"):
+            read_records(path)
+
+
+def test_keys_decide_splits(tmp_path: Path) -> None:
+    rows = [
+        {"id": "doc-7", "text": "one"},
+        {"id": 7, "text": "two"},
+        {"text": "three"},
+        {"prompt": "three", "completion": "x"},
+        {"prompt": "three", "completion": "y"},
+        {"id": "", "text": "four"},
+    ]
+    found = read_records(write_lines(tmp_path / "rows.jsonl", rows))
+    assert found.keys[:2] == ("doc-7", "7")
+    assert found.keys[2] == found.keys[3] == found.keys[4] != found.keys[5] and len(found.keys[5]) == 64
+    keys = [f"key {i}" for i in range(4000)]
+    share = sum(drawn(key, 0.25) for key in keys) / 4000
+    assert 0.22 < share < 0.28
+    assert {k for k in keys if drawn(k, 0.1)} < {k for k in keys if drawn(k, 0.2)}
+    assert not any(drawn(k, 0.0) for k in keys) and all(drawn(k, 1.0) for k in keys)
+    part = found.where(lambda key: key == "7")
+    assert part.records == ("two",) and part.keys == ("7",)

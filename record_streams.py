@@ -1,0 +1,304 @@
+"""Rows that are too many to read at once: local files and datasets of the hub, one pass after another, from any row.
+
+A stream is a name, a fingerprint and ``rows(epoch, start)``. The hub's come through ``datasets`` in streaming mode, at
+one revision that is looked up when the stream is opened, so a resumed run reads what the first one read. Shuffling has
+two parts: an epoch draws the order of the dataset's files anew, and ``StreamBlocks`` packs blocks of some thousand
+rows, within which ``packed_batches`` shuffles. Both are functions of (seed, epoch), and resuming needs the number of
+a block, not the content of a buffer.
+
+Rejected: ``datasets``' own shuffle buffer. Its state is the buffer; restoring it means filling it again, and what it
+has dealt out is known to the library alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from answer_masks import EncodedSet, encode_records, tokenizer_fingerprint
+from packed_batches import Blocks
+from text_records import DataError, RecordSet, Row, drawn, list_files, rows_of, sort_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("data")
+
+_DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?")
+_FEW_ROWS = 1000
+"""Below so many rows a share of bad ones says little."""
+
+
+@dataclass(frozen=True)
+class DatasetId:
+    """A dataset of the hub, written ``OWNER/NAME[:CONFIG][@REVISION]``."""
+
+    name: str
+    config: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name + (f":{self.config}" if self.config else "") + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_source(text: str | Path) -> Path | DatasetId:
+    """A local path where there is one, else a dataset id.
+
+    Raises ``DataError`` for what is neither.
+    """
+    path = Path(text)
+    if path.exists():
+        return path
+    found = _DATASET.fullmatch(str(text))
+    if found is None or path.suffix in (".json", ".jsonl", ".parquet", ".txt"):
+        raise DataError(
+            f"{text}: no such file or folder, and not a dataset id; expected a .json, .jsonl, .parquet or .txt file, a "
+            "folder of them, or OWNER/NAME[:CONFIG][@REVISION]"
+        )
+    return DatasetId(**found.groupdict())
+
+
+class RowStream(Protocol):
+    """Rows in an order that an epoch decides."""
+
+    name: str
+    about: dict[str, Any]
+    """Where the rows come from: id or path, config, split, revision, licence; None where unknown."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the rows and their order, seed aside."""
+        ...
+
+    def rows(self, epoch: int, start: int) -> Iterator[Row]:
+        """The rows of an epoch from row ``start`` (from 0) on."""
+        ...
+
+
+class FileRows:
+    """Rows of local files, every epoch in the same order."""
+
+    def __init__(self, path: Path) -> None:
+        self.files, self.ignored = list_files(path)
+        self.name = str(path)
+        self.about: dict[str, Any] = {"id": path.name, "config": None, "split": None, "revision": None, "licence": None}
+        self._root = path if path.is_dir() else path.parent
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        # Sizes, not contents: these files are large, and each block's content is checked when a run resumes.
+        parts = [(f.relative_to(self._root).as_posix(), f.stat().st_size) for f in self.files]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def content(self) -> str:
+        """SHA-256 over names and bytes of all files."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.relative_to(self._root).as_posix()}\0{file.stat().st_size}\0".encode())
+            with open(file, "rb") as data:
+                while chunk := data.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def rows(self, epoch: int, start: int) -> Iterator[Row]:
+        """The rows from row ``start`` on."""
+        return itertools.islice((row for file in self.files for row in rows_of(file)), start, None)
+
+
+class HubRows:
+    """Rows of one split of a dataset of the hub, streamed; with ``shuffle`` each epoch orders its files anew.
+
+    Raises ``DataError`` where the hub does not give the dataset, at the call or while reading.
+    """
+
+    def __init__(self, source: DatasetId, split: str, *, shuffle: bool, seed: int = 0) -> None:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise DataError(
+                f"{source} would be read from the hub and HF_HUB_OFFLINE is set: unset it, or give a local file"
+            )
+        self.source = source
+        self.split = split
+        self.shuffle = shuffle
+        self.seed = seed
+        self.name = f"{source} ({split})"
+        revision, licence = self._look_up()
+        self.about: dict[str, Any] = {
+            "id": source.name,
+            "config": source.config,
+            "split": split,
+            "revision": revision,
+            "licence": licence,
+        }
+
+    def _look_up(self) -> tuple[str | None, str | None]:
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().dataset_info(self.source.name, revision=self.source.revision)
+        except Exception as error:
+            # The hub client raises its own errors, its transport's and OS errors; all mean that nothing can be read.
+            raise DataError(f"{self.source}: the hub does not give this dataset: {_one_line(error)}") from error
+        licence = info.card_data.get("license") if info.card_data else None
+        return info.sha, None if licence is None else str(licence)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps([self.about, self.shuffle]).encode()).hexdigest()
+
+    def rows(self, epoch: int, start: int) -> Iterator[Row]:
+        """The rows of an epoch from row ``start`` on; a row's line is its number in the epoch, from 1."""
+        import datasets
+
+        try:
+            stream = datasets.load_dataset(
+                self.source.name,
+                self.source.config,
+                split=self.split,
+                revision=self.about["revision"],
+                streaming=True,
+            )
+            if self.shuffle:
+                # A buffer of one row: the order of files is drawn anew, rows within a file keep theirs.
+                stream = stream.shuffle(seed=self.seed + epoch, buffer_size=1)
+            for number, value in enumerate(stream.skip(start), start + 1):
+                yield Row(self.name, number, value)
+        except DataError:
+            raise
+        except Exception as error:
+            # Network, decoding, unknown configs and splits: each layer below has errors of its own.
+            raise DataError(f"{self.name}: reading failed: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+class StreamBlocks:
+    """A stream as blocks of ``rows_per_block`` rows; see ``packed_batches.Blocks``. Not for several threads at a time.
+
+    Args:
+        limit: rows of an epoch, from its front; None for all.
+        hold_out: share of the records, by their keys, that is left out here (and scored instead).
+
+    Raises ``DataError`` as ``sort_rows``; bad rows are counted over the whole epoch.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int,
+        rows_per_block: int,
+        limit: int | None = None,
+        hold_out: float = 0.0,
+        strict: bool = False,
+        max_bad_share: float = 0.01,
+        last_turn_only: bool = False,
+    ) -> None:
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.rows_per_block = rows_per_block
+        self.limit = limit
+        self.hold_out = hold_out
+        self.strict = strict
+        self.max_bad_share = max_bad_share
+        self.last_turn_only = last_turn_only
+        self._reading: tuple[int, int, Iterator[Row]] | None = None
+        self._counted: dict[int, tuple[int, int]] = {}
+        """Of each block of the present epoch: rows examined, and bad ones."""
+        self._epoch = 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What names the blocks; their content is known only when they are read."""
+        options = (self.seq_len, self.rows_per_block, self.limit, self.hold_out, self.last_turn_only)
+        parts = [self.stream.fingerprint, tokenizer_fingerprint(self.tokenizer), options]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def records(self, epoch: int, number: int) -> RecordSet | None:
+        """Records of a block, held-out ones included; None behind the last."""
+        first = number * self.rows_per_block
+        count = self.rows_per_block if self.limit is None else min(self.rows_per_block, self.limit - first)
+        if count <= 0:
+            return None
+        if self._reading is None or self._reading[:2] != (epoch, number):
+            self._reading = (epoch, number, self.stream.rows(epoch, first))
+        rows = list(itertools.islice(self._reading[2], count))
+        self._reading = (epoch, number + 1, self._reading[2])
+        if not rows:
+            return None
+        found = sort_rows(rows, strict=self.strict, max_bad_share=1.0, where=self.stream.name, may_be_empty=True)
+        self._count(epoch, number, len(rows), found)
+        return found
+
+    def _count(self, epoch: int, number: int, rows: int, found: RecordSet) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._counted = epoch, {}
+        self._counted[number] = rows, len(found.bad_rows)
+        examined, bad = (sum(counts) for counts in zip(*self._counted.values(), strict=True))
+        if found.bad_rows:
+            log.warning("data: %d bad rows in block %d, first %s", len(found.bad_rows), number, found.bad_rows[0])
+        if bad > self.max_bad_share * max(examined, _FEW_ROWS):
+            raise DataError(
+                f"{self.stream.name}: {bad} of {examined} rows are bad, expected at most {self.max_bad_share:.2%}; the "
+                f"last: {found.bad_rows[-1] if found.bad_rows else '?'}. Allow a larger share with --max-bad-share"
+            )
+
+    def encode(self, records: RecordSet) -> EncodedSet:
+        """Documents of records, none of them too long."""
+        return encode_records(
+            records,
+            self.tokenizer,
+            self.seq_len,
+            last_turn_only=self.last_turn_only,
+            progress=False,
+            may_be_empty=True,
+        )
+
+    def block(self, epoch: int, number: int) -> EncodedSet | None:
+        """Documents to learn of a block."""
+        found = self.records(epoch, number)
+        return None if found is None else self.encode(found.where(lambda key: not drawn(key, self.hold_out)))
+
+
+class Prefetched:
+    """Blocks of which the next is being prepared, in one other thread, while the present one is in use."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self._worker = ThreadPoolExecutor(1, "data")
+        self._coming: tuple[int, int, Future[EncodedSet | None]] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the blocks."""
+        return self._blocks.fingerprint
+
+    def block(self, epoch: int, number: int) -> EncodedSet | None:
+        """The block, waited for if it is not ready; its successor is begun."""
+        coming = self._coming
+        if coming is not None and coming[:2] == (epoch, number):
+            found = coming[2].result()
+        else:
+            # All reading in the one thread: a stream stands at one place.
+            found = self._worker.submit(self._blocks.block, epoch, number).result()
+        after = (epoch, number + 1) if found is not None else (epoch + 1, 0)
+        self._coming = (*after, self._worker.submit(self._blocks.block, *after))
+        return found

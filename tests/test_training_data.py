@@ -1,0 +1,145 @@
+"""training_data: what is learned and what is scored, the cache, and sources of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_tools import CHATML, THINK, build_tokenizer, write_lines
+from test_record_streams import hub, pairs  # noqa: F401
+
+import training_data
+from packed_batches import PackedBatches
+from record_streams import Prefetched
+from text_records import DataError
+from training_data import DataSettings, open_data
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer(CHATML)
+
+
+def opened(data: Any, tokenizer: Any, cache: Path, eval_data: Any = None, **settings: Any) -> Any:
+    return open_data(data, eval_data, tokenizer, 64, DataSettings(data_cache=cache, **settings))
+
+
+def texts(tokenizer: Any, encoded: Any) -> list[str]:
+    return [tokenizer.decode(encoded.document(i).input_ids) for i in range(len(encoded))]
+
+
+def test_a_share_is_held_out_where_the_data_say_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", pairs(200))
+    found = opened(path, tokenizer, tmp_path / "cache", hold_out=0.1)
+    learned, held = texts(tokenizer, found.blocks.block(0, 0)), texts(tokenizer, found.held)
+    assert len(learned) + len(held) == 200 and not set(learned) & set(held) and 8 <= len(held) <= 35
+    assert "held out" in found.summary and found.blocks.block(0, 1) is None
+    everything = opened(path, tokenizer, tmp_path / "cache", hold_out=0.0)
+    assert everything.held is None and len(everything.blocks.block(0, 0)) == 200
+
+
+def test_splits_of_the_data_are_kept(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{**row, "split": "eval" if i % 4 == 0 else "train"} for i, row in enumerate(pairs(40))]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    found = opened(path, tokenizer, tmp_path / "cache")
+    assert (len(found.blocks.block(0, 0)), len(found.held)) == (30, 10)
+    other = opened(path, tokenizer, tmp_path / "cache", split="eval", eval_split="train")
+    assert (len(other.blocks.block(0, 0)), len(other.held)) == (10, 30)
+    alone = write_lines(tmp_path / "alone.jsonl", [row for row in rows if row["split"] == "train"])
+    assert opened(alone, tokenizer, tmp_path / "cache").held is None
+    given = opened(alone, tokenizer, tmp_path / "cache", eval_data=path)
+    assert len(given.held) == 10
+
+
+def test_a_second_run_reads_the_cache_and_a_changed_file_does_not(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    path, cache = write_lines(tmp_path / "rows.jsonl", pairs(100)), tmp_path / "cache"
+    calls: list[int] = []
+    encode = training_data.encode_records
+    monkeypatch.setattr(training_data, "encode_records", lambda *a, **k: calls.append(1) or encode(*a, **k))
+
+    def run(expected: int, tokenizer: Any = tokenizer, **settings: Any) -> Any:
+        calls.clear()
+        found = opened(path, tokenizer, cache, **settings)
+        assert len(calls) == expected
+        return found
+
+    first = run(2)
+    again = run(0)
+    assert again.blocks.fingerprint == first.blocks.fingerprint and again.held.fingerprint == first.held.fingerprint
+    assert "encoded before" in again.summary and "100" not in again.summary.split("encoded before")[1]
+    run(1, hold_out=0.0)
+    run(2, last_turn_only=True)
+    run(2, tokenizer=build_tokenizer(THINK))
+    run(0, block_rows=5)
+    path.write_text(path.read_text().replace("question 3", "question x"))
+    changed = run(2)
+    assert changed.blocks.fingerprint != first.blocks.fingerprint
+    for file in cache.glob("*.train.*"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(bytes(data))
+    repaired = run(2)
+    assert "the cache is damaged" in caplog.text
+    assert repaired.blocks.fingerprint == changed.blocks.fingerprint
+
+
+def test_the_cache_is_bounded_and_not_needed(tokenizer: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(training_data, "CACHE_ENTRIES", 2)
+    path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    for count in (50, 60, 70, 80):
+        opened(write_lines(path, pairs(count)), tokenizer, cache)
+    assert len(list(cache.glob("*.train.safetensors"))) == 2 and len(list(cache.iterdir())) == 4
+    (tmp_path / "file").write_text("in the way")
+    found = opened(path, tokenizer, tmp_path / "file")
+    assert len(found.blocks.block(0, 0)) + len(found.held) == 80
+    assert "cannot be written" in caplog.text
+
+
+def test_large_files_are_streamed(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(training_data, "STREAM_BYTES", 1000)
+    path = write_lines(tmp_path / "rows.jsonl", pairs(120))
+    found = opened(path, tokenizer, tmp_path / "cache", block_rows=50, hold_out=0.1)
+    assert isinstance(found.blocks, Prefetched) and "streamed in blocks of 50 rows" in found.summary
+    batches = PackedBatches(found.blocks, seq_len=64, batch_size=1, pad_id=0, seed=0)
+    seen: list[str] = []
+    while batches.epoch == 0:
+        seen += tokenizer.decode(next(batches).input_ids[0].tolist()).split("question ")[1:]
+    learned = {s.split("<")[0] for s in seen}
+    held = {t.split("question ")[1].split("<")[0] for t in texts(tokenizer, found.held)}
+    # Of the held-out records those of the first block are scored; none is learned.
+    assert held and not held & learned and all(int(i) < 50 for i in held)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_dataset_of_the_hub(tokenizer: Any, tmp_path: Path, hub: Any) -> None:  # noqa: F811
+    found = opened("owner/set", tokenizer, tmp_path / "cache", block_rows=8, hold_out=0.0)
+    assert "revision 0123456789" in found.summary and "licence mit" in found.summary and found.held is None
+    batches = PackedBatches(found.blocks, seq_len=64, batch_size=1, pad_id=0, seed=0)
+    seen: list[str] = []
+    while batches.epoch == 0:
+        seen += tokenizer.decode(next(batches).input_ids[0].tolist()).split("question ")[1:]
+    assert {s.split("<")[0] for s in seen} == {str(i) for i in range(30)}
+    scored = opened("owner/set", tokenizer, tmp_path / "cache", eval_data="owner/set", eval_split="train")
+    assert scored.held is not None and len(scored.held) == 30
+    with pytest.raises(DataError, match="Bad split"):
+        opened("owner/set", tokenizer, tmp_path / "cache", eval_data="owner/set", eval_split="test")
+
+
+def test_settings_are_checked() -> None:
+    for changes in ({"hold_out": 1.0}, {"max_bad_share": -0.1}, {"block_rows": 0}, {"limit": 0}):
+        with pytest.raises(ValueError, match="expected"):
+            DataSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_strict_and_the_share_of_bad_rows_reach_the_reader(tokenizer: Any, tmp_path: Path) -> None:
+    rows: list[Any] = pairs(300)
+    rows[5] = {"prompt": "x"}
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    assert "1 bad rows" in opened(path, tokenizer, tmp_path / "cache").summary
+    with pytest.raises(DataError, match="bad row"):
+        opened(path, tokenizer, tmp_path / "cache", strict=True)
+    with pytest.raises(DataError, match="allow a larger share"):
+        opened(path, tokenizer, tmp_path / "cache", max_bad_share=0.001)

@@ -1,0 +1,222 @@
+"""Token shards: a stream of text made into files once, to be trained on many times.
+
+A folder holds ``manifest.json`` (``Manifest``): where the text came from, how it became tokens, and the name, size and
+SHA-256 of every shard. Documents lie in shards uncut, each closed by its end-of-document token: the context length is
+the trainer's to choose. A shard is hashed before it is used; one that has changed is refused.
+
+Train and valid are told apart by the hash of a document's key, so that a document stays on its side when the stream
+grows, and making the folder again gives the same bytes: no times, no names of machines, no order of a file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from answer_masks import ENCODING, EncodedSet, tokenizer_fingerprint
+from packed_batches import order_of, recut
+from record_streams import RowStream, StreamBlocks
+from text_records import DataError, drawn
+from token_files import FORMAT, VERSION, read_tokens, write_tokens, write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+_ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a manifest."""
+
+    file: str
+    sha256: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards is.
+
+    ``source``: id or path, config, split, revision and licence of the text. ``tokenizer``: its name and SHA-256.
+    ``settings``: everything else that decides the bytes. ``rows``: counts of rows read, bad, and per format.
+    ``splits``: shards of ``train`` and ``valid`` in order.
+    """
+
+    source: dict[str, Any]
+    tokenizer: dict[str, str]
+    settings: dict[str, Any]
+    rows: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, list[Shard]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json``."""
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2, sort_keys=True)
+        write_whole(folder / MANIFEST, (text + "\n").encode())
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Read ``manifest.json``.
+
+        Raises:
+            DataError: it is not a manifest, or names a file outside its folder.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if (content["format"], content["version"]) != (FORMAT, VERSION):
+                raise DataError(f"{path}: format {content['format']!r} version {content['version']!r} is not ours")
+            splits = {
+                name: [Shard(str(s["file"]), str(s["sha256"]), int(s["documents"]), int(s["tokens"])) for s in shards]
+                for name, shards in content["splits"].items()
+            }
+            source, tokenizer, settings, rows = (
+                dict(content[key]) for key in ("source", "tokenizer", "settings", "rows")
+            )
+            found = Manifest(source, tokenizer, settings, rows, splits)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: not a manifest of token shards ({type(error).__name__}: {error})") from error
+        for shards in splits.values():
+            for shard in shards:
+                if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+                    raise DataError(f"{path} names the file {shard.file!r}, expected one beside it")
+        return found
+
+    def check_tokenizer(self, sha256: str) -> None:
+        """Raise ``DataError`` unless the shards were made with the tokenizer of that fingerprint."""
+        if self.tokenizer.get("sha256") != sha256:
+            raise DataError(
+                f"the shards hold tokens of {self.tokenizer.get('name')} ({str(self.tokenizer.get('sha256'))[:12]}), "
+                f"the model's tokenizer is another ({sha256[:12]}): make them again with --tokenizer of this model"
+            )
+
+
+@dataclass(frozen=True)
+class ShardBlocks:
+    """The shards of one split as blocks, in an order that each epoch draws anew; see ``packed_batches.Blocks``."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    seq_len: int
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps([[shard.sha256 for shard in self.shards], self.seq_len])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def block(self, epoch: int, number: int) -> EncodedSet | None:
+        if number >= len(self.shards):
+            return None
+        shard = self.shards[order_of(len(self.shards), self.seed, epoch)[number]]
+        return recut(read_tokens(self.folder / shard.file, shard.sha256)[0], self.seq_len)
+
+
+# -- making them ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What decides the bytes of a folder of shards, beside the rows and the tokenizer."""
+
+    limit: int | None = None
+    """Rows to read at most; None for all."""
+    valid: float = 0.005
+    """Share of the documents that is held out."""
+    shard_tokens: int = 16_000_000
+    """Tokens of a shard at most, unless one document has more."""
+    max_bad_share: float = 0.01
+    strict: bool = False
+
+
+def materialize(
+    stream: RowStream, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str, plan: ShardPlan, folder: Path
+) -> Manifest:
+    """Write a stream as token shards with a manifest into a new or empty folder.
+
+    Documents keep the stream's order; those whose key is drawn with probability ``plan.valid`` form the split
+    ``valid``. The manifest is written last: a folder without one is unfinished.
+
+    Raises:
+        DataError: rows or a tokenizer that cannot be used; a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} exists and is not an empty folder: choose another, or remove it")
+    blocks = StreamBlocks(
+        stream,
+        tokenizer,
+        seq_len=2**31 - 1,  # no document is cut
+        rows_per_block=_ROWS_AT_A_TIME,
+        limit=plan.limit,
+        strict=plan.strict,
+        max_bad_share=plan.max_bad_share,
+    )
+    writers = {name: _ShardWriter(folder, name, plan.shard_tokens) for name in ("train", "valid")}
+    counts: dict[str, Any] = {"records": 0, "bad": 0, "formats": {}}
+    for number in itertools.count():
+        found = blocks.records(0, number)
+        if found is None:
+            break
+        counts["records"] += len(found.records)
+        counts["bad"] += len(found.bad_rows)
+        for name, count in found.formats:
+            counts["formats"][name] = counts["formats"].get(name, 0) + count
+        writers["valid"].add(blocks.encode(found.where(lambda key: drawn(key, plan.valid))))
+        writers["train"].add(blocks.encode(found.where(lambda key: not drawn(key, plan.valid))))
+    if not counts["records"]:
+        raise DataError(f"{stream.name}: no usable record")
+    manifest = Manifest(
+        source=stream.about,
+        tokenizer={"name": tokenizer_name, "sha256": tokenizer_fingerprint(tokenizer)},
+        settings={**asdict(plan), "encoding": ENCODING},
+        rows=counts,
+        splits={name: writer.finish() for name, writer in writers.items()},
+    )
+    manifest.write(folder)
+    return manifest
+
+
+class _ShardWriter:
+    """Collects documents of one split and writes a shard whenever there are enough for one."""
+
+    def __init__(self, folder: Path, split: str, tokens: int) -> None:
+        self.folder = folder
+        self.split = split
+        self.tokens = tokens
+        self.waiting: list[EncodedSet] = []
+        self.shards: list[Shard] = []
+
+    def add(self, encoded: EncodedSet) -> None:
+        """Take documents; whole shards are written at once."""
+        self.waiting.append(encoded)
+        if sum(s.tokens for s in self.waiting) > self.tokens:
+            self._write(keep_rest=True)
+
+    def finish(self) -> list[Shard]:
+        """All shards, the last one written."""
+        self._write(keep_rest=False)
+        return self.shards
+
+    def _write(self, *, keep_rest: bool) -> None:
+        documents = EncodedSet.joined(self.waiting)
+        first = 0
+        while first < len(documents):
+            most = documents.starts[first] + self.tokens
+            stop = max(first + 1, int(documents.starts.searchsorted(most, side="right")) - 1)
+            if stop == len(documents) and keep_rest:
+                break
+            shard = documents.part(first, stop)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = f"{self.split}_{len(self.shards):05d}.safetensors"
+            sha256 = write_tokens(self.folder / name, shard)
+            self.shards.append(Shard(name, sha256, len(shard), shard.tokens))
+            first = stop
+        self.waiting = [documents.part(first, len(documents))]

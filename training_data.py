@@ -1,0 +1,284 @@
+"""What a trainer asks for: from a file, a folder, a dataset id or token shards, documents to learn and to score.
+
+Four kinds of source. A folder with a ``manifest.json`` holds token shards (``token_files``). A dataset id is streamed,
+and so are local files too large to be held at once (``record_streams``). Everything else is read and encoded whole,
+which gives the best shuffling, and kept in a cache under the hash of all that decides the result: file contents,
+tokenizer, template, settings. A second run with the same data begins at once.
+
+Something is always held out, so that a run knows whether it learned: records that name the split ``eval``, what
+``--eval-data`` names, the ``valid`` shards, or else a small share of the records, drawn by the hash of their keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from answer_masks import ENCODING, EncodedSet, describe, encode_records, tokenizer_fingerprint
+from packed_batches import Blocks, OneBlock, recut
+from record_streams import DatasetId, FileRows, HubRows, Prefetched, RowStream, StreamBlocks, parse_source
+from text_records import DataError, RecordSet, drawn, read_records
+from token_files import read_tokens, write_tokens
+from token_shards import MANIFEST, Manifest, ShardBlocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("data")
+
+STREAM_BYTES = 1 << 30
+"""Local files of more bytes are read as a stream."""
+HELD_OUT_MOST = 512
+"""Most records that are held out where the data names none."""
+CACHE_ENTRIES = 16
+"""Encoded data sets that are kept; the one used longest ago goes first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """How data becomes documents."""
+
+    split: str = "train"
+    """What to learn of records that name a split, or which split of a dataset id."""
+    eval_split: str = "eval"
+    """What to score of records that name a split, or which split of the dataset id given to --eval-data."""
+    hold_out: float = 0.02
+    """Share of the records to score instead of learn, at most 512, where the data holds out none itself."""
+    limit: int | None = None
+    """Rows of a stream in an epoch, from its front; all by default."""
+    block_rows: int = 8192
+    """Rows of a stream that are shuffled and packed together."""
+    last_turn_only: bool = False
+    """Of a conversation learn the last answer alone."""
+    strict: bool = False
+    """Stop at the first row that cannot be used."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the rows cannot be used."""
+    data_cache: Path | None = None
+    """Where encoded data are kept; by default in ~/.cache/qwen-prime."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hold_out < 1 or not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"hold-out is {self.hold_out} and max-bad-share {self.max_bad_share}, expected shares")
+        if self.block_rows < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"block-rows is {self.block_rows} and limit {self.limit}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Documents to learn, documents to score (None where there are none), and lines for the log."""
+
+    blocks: Blocks
+    held: EncodedSet | None
+    summary: str
+
+
+def open_data(
+    data: str | Path,
+    eval_data: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    settings: DataSettings,
+    seed: int = 0,
+) -> TrainingData:
+    """Open what ``--data`` and ``--eval-data`` name.
+
+    Raises:
+        DataError: data that cannot be read or used.
+    """
+    source = parse_source(data)
+    if isinstance(source, Path) and (source / MANIFEST).is_file():
+        found = _open_shards(source, tokenizer, seq_len, seed)
+    elif isinstance(source, DatasetId):
+        found = _open_stream(
+            HubRows(source, settings.split, shuffle=True, seed=seed), tokenizer, seq_len, settings, eval_data is None
+        )
+    elif (files := FileRows(source)).bytes > STREAM_BYTES:
+        found = _open_stream(files, tokenizer, seq_len, settings, eval_data is None)
+    else:
+        found = _open_files(files, source, tokenizer, seq_len, settings, eval_data is None)
+    if eval_data is None:
+        return found
+    held, summary = _open_held(eval_data, tokenizer, seq_len, settings)
+    return TrainingData(found.blocks, held, f"{found.summary}\n{summary}")
+
+
+def _marked(summary: str) -> str:
+    return summary.replace("data: ", "held out: ")
+
+
+def _open_held(
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, settings: DataSettings
+) -> tuple[EncodedSet, str]:
+    source = parse_source(data)
+    if isinstance(source, Path) and (source / MANIFEST).is_file():
+        held = _open_shards(source, tokenizer, seq_len, 0).held
+        if held is None:
+            raise DataError(f"{source} has no shards of the split valid, expected some in --eval-data")
+        return held, f"held out: {len(held):,} documents of the shards in {source}"
+    if isinstance(source, DatasetId):
+        rows = HubRows(source, settings.eval_split, shuffle=False)
+        limited = StreamBlocks(
+            rows,
+            tokenizer,
+            seq_len=seq_len,
+            rows_per_block=HELD_OUT_MOST,
+            strict=settings.strict,
+            max_bad_share=settings.max_bad_share,
+            last_turn_only=settings.last_turn_only,
+        )
+        records = limited.records(0, 0)
+        if records is None or not records.records:
+            raise DataError(f"{rows.name}: no usable record, expected some in --eval-data")
+        held = limited.encode(records)
+        return held, _marked(describe(records, held))
+    records = read_records(
+        source, strict=settings.strict, max_bad_share=settings.max_bad_share, split=settings.eval_split
+    )
+    held = encode_records(records, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
+    return held, _marked(describe(records, held))
+
+
+def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> TrainingData:
+    manifest = Manifest.read(folder)
+    manifest.check_tokenizer(tokenizer_fingerprint(tokenizer))
+    shards = {name: tuple(manifest.splits.get(name, ())) for name in ("train", "valid")}
+    if not shards["train"]:
+        raise DataError(f"{folder}: the manifest has no shards of the split train")
+    held = None
+    if shards["valid"]:
+        first = read_tokens(folder / shards["valid"][0].file, shards["valid"][0].sha256)[0]
+        held = recut(first.part(0, min(HELD_OUT_MOST, len(first))), seq_len)
+    counts = {name: sum(s.tokens for s in part) for name, part in shards.items()}
+    summary = (
+        f"data: {counts['train']:,} tokens in {len(shards['train'])} shards of {folder}, from "
+        f"{manifest.source.get('id')}; {counts['valid']:,} tokens held out"
+    )
+    return TrainingData(Prefetched(ShardBlocks(folder, shards["train"], seq_len, seed)), held, summary)
+
+
+def _open_stream(
+    stream: RowStream,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    settings: DataSettings,
+    hold_out: bool,
+) -> TrainingData:
+    share = settings.hold_out if hold_out else 0.0
+    blocks = StreamBlocks(
+        stream,
+        tokenizer,
+        seq_len=seq_len,
+        rows_per_block=settings.block_rows,
+        limit=settings.limit,
+        hold_out=share,
+        strict=settings.strict,
+        max_bad_share=settings.max_bad_share,
+        last_turn_only=settings.last_turn_only,
+    )
+    first = blocks.records(0, 0)
+    if first is None or not first.records:
+        raise DataError(f"{stream.name}: no usable record among its first {settings.block_rows} rows")
+    where = f"data: {stream.name}, revision {stream.about['revision'] or 'unknown'}, licence "
+    lines = [where + f"{stream.about['licence'] or 'unknown'}, streamed in blocks of {settings.block_rows:,} rows"]
+    lines.append(f"data: the first block has {len(first.records):,} records, format {first.format}")
+    held = None
+    if share:
+        scored = first.where(lambda key: drawn(key, share))
+        scored = scored.where(set(scored.keys[:HELD_OUT_MOST]).__contains__)
+        if scored.records:
+            held = blocks.encode(scored)
+            lines.append(f"held out: {len(scored.records):,} records of the first block")
+    return TrainingData(Prefetched(blocks), held, "\n".join(lines))
+
+
+# -- files that fit, and their cache ----------------------------------------------------------------------------------
+
+
+def _open_files(
+    files: FileRows,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    settings: DataSettings,
+    hold_out: bool,
+) -> TrainingData:
+    unread = ("data_cache", "block_rows", "limit")
+    decides = {f.name: getattr(settings, f.name) for f in fields(DataSettings) if f.name not in unread}
+    parts = [ENCODING, files.content(), tokenizer_fingerprint(tokenizer), seq_len, hold_out, decides]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    folder = settings.data_cache or cache_folder()
+    kept = _from_cache(folder, key)
+    if kept is not None:
+        train, held, summary = kept
+        # Names of files are the user's, and may differ from those of the run that filled the cache.
+        return TrainingData(OneBlock(train), held, f"{summary}\ndata: encoded before, from {folder}")
+    records, scored = _read_split(path, settings, hold_out)
+    train = encode_records(records, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
+    summary = describe(records, train)
+    held = None
+    if scored is not None and scored.records:
+        held = encode_records(scored, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
+        summary += "\n" + _marked(describe(scored, held))
+    _to_cache(folder, key, train, held, summary)
+    return TrainingData(OneBlock(train), held, summary)
+
+
+def _read_split(path: Path, settings: DataSettings, hold_out: bool) -> tuple[RecordSet, RecordSet | None]:
+    """Records to learn and to score."""
+
+    def read(split: str) -> RecordSet:
+        return read_records(path, strict=settings.strict, max_bad_share=settings.max_bad_share, split=split)
+
+    records = read(settings.split)
+    if not hold_out:
+        return records, None
+    if records.split is not None:
+        # Without rows of the other split nothing is scored: the data's author decided on splits.
+        return records, read(settings.eval_split) if records.other_splits else None
+    share = min(settings.hold_out, HELD_OUT_MOST / len(records.records))
+    scored = records.where(lambda key: drawn(key, share))
+    learned = records.where(lambda key: not drawn(key, share))
+    # What was found beside records is told once.
+    return (learned, replace(scored, bad_rows=(), ignored=())) if learned.records else (records, None)
+
+
+def cache_folder() -> Path:
+    """Where encoded data are kept by default."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "qwen-prime"
+
+
+def _from_cache(folder: Path, key: str) -> tuple[EncodedSet, EncodedSet | None, str] | None:
+    path = folder / f"{key}.train.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        train, about = read_tokens(path)
+        held = read_tokens(folder / f"{key}.held.safetensors", about["held"])[0] if about["held"] else None
+        if train.fingerprint != about["fingerprint"]:
+            raise DataError(f"{path}: its content is not what was written")
+    except (DataError, KeyError, TypeError) as error:
+        log.warning("data: the cache is damaged, encoding again: %s", error)
+        return None
+    os.utime(path)
+    return train, held, str(about["summary"])
+
+
+def _to_cache(folder: Path, key: str, train: EncodedSet, held: EncodedSet | None, summary: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = write_tokens(folder / f"{key}.held.safetensors", held) if held is not None else None
+        about = {"held": digest, "fingerprint": train.fingerprint, "summary": summary}
+        write_tokens(folder / f"{key}.train.safetensors", train, about)
+        entries = sorted(folder.glob("*.train.safetensors"), key=lambda f: f.stat().st_mtime)
+        for old in entries[:-CACHE_ENTRIES]:
+            for part in ("train", "held"):
+                (folder / f"{old.name.split('.')[0]}.{part}.safetensors").unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("data: nothing kept for the next run, %s cannot be written: %s", folder, error)
