@@ -55,7 +55,7 @@ from prime_telemetry import RunLog
 from qwen_prime_wrapper import (
     ModelError,
     build_model,
-    continue_text,
+    continue_texts,
     manifold_of,
     manifold_record,
     mean_answer_loss,
@@ -261,7 +261,7 @@ class Session:
             stop = next((i for i in range(begin, len(ids)) if not answer[i]), len(ids))
             text = None
             with self._unless_memory_runs_out("sample"):
-                text = continue_text(self.trainer.model, self.tokenizer, ids[:begin], self.config.sample_tokens)
+                (text,) = continue_texts(self.trainer.model, self.tokenizer, [ids[:begin]], self.config.sample_tokens)
             if text is None:
                 return
             self.run.sample(

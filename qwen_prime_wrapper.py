@@ -396,21 +396,45 @@ def answer_loss(
 
 
 @torch.no_grad()
-def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> str:
-    """The most likely continuation of a prompt, at most so many tokens, without votes; the model's mode is kept.
+def continue_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    batch_size: int = 8,
+    description: str | None = None,
+) -> list[str]:
+    """The most likely continuations of prompts, each of at most so many tokens, without votes; special tokens are left
+    out of the text. The model's mode is kept.
+
+    Prompts of similar length share a batch, padded on the left. A prompt that leaves no room for its continuation in
+    the model's context loses its beginning.
 
     Args:
-        prompt: token ids, at least one.
+        prompts: token ids, at least one each.
+        description: of a progress bar; none without.
     """
     training = model.training
     model.eval()
-    ids = torch.tensor([prompt], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=pad
-    )
+    room = max(1, model.config.max_position_embeddings - tokens)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    with tqdm(total=len(prompts), desc=description, leave=False, disable=None if description else True) as bar:
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            cut = [list(prompts[i])[-room:] for i in chosen]
+            width = max(map(len, cut))
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in cut], device=model.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in cut], device=model.device)
+            out = model.generate(  # type: ignore[operator]
+                ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=pad
+            )
+            for i, row in zip(chosen, out, strict=True):
+                texts[i] = str(tokenizer.decode(row[width:], skip_special_tokens=True))
+            bar.update(len(chosen))
     model.train(training)
-    return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+    return texts
 
 
 @torch.no_grad()
