@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import manifolds
 import prime_cli
 from ghost_core import GhostGrid, grids_of
+from model_checks import Check, check_forward, show
 from prime_checkpoint import (
     CheckpointError,
     changed_tensors,
@@ -62,7 +60,6 @@ COARSE_ENTROPY_LIMIT = 2.0
 """Bits of entropy of the coarse coordinate below which a tensor counts as collapsed; trained ones have about 6."""
 ROW_NOISE_LIMIT = 8.0
 """How many standard deviations of rounding noise a row's probe may be off."""
-CAUSAL_LIMIT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -83,17 +80,6 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         if self.tokens < 16:
             raise ValueError(f"tokens is {self.tokens}, expected at least 16")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check's outcome; ``limit`` is None where a value is only reported."""
-
-    name: str
-    passed: bool
-    value: float | int | str | None
-    limit: float | int | str | None
-    detail: str = ""
 
 
 def short(name: str) -> str:
@@ -224,35 +210,6 @@ def check_probes(checkpoint: dict[str, Any], model: PreTrainedModel) -> Check:
     return Check(
         "probes.match", worst <= ROW_NOISE_LIMIT, round(worst, 2), ROW_NOISE_LIMIT, f"sigmas of rounding, {where}"
     )
-
-
-# -- what needs the running model -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def check_forward(model: PreTrainedModel) -> list[Check]:
-    """Logits of random tokens are finite, and changing later tokens leaves earlier logits where they were."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(vocabulary, (1, 24), generator=generator)
-    changed = ids.clone()
-    changed[:, 16:] = torch.randint(vocabulary, (1, 8), generator=generator)
-    first = model(input_ids=ids, use_cache=False).logits
-    second = model(input_ids=changed, use_cache=False).logits
-    broken = int((~torch.isfinite(first)).sum())
-    checks = [Check("logits.finite", broken == 0, broken, 0, f"range {first.min():.2f} to {first.max():.2f}")]
-    size = max(1.0, float(first.abs().max()))
-    moved = float((first[:, :16] - second[:, :16]).abs().max()) / size
-    checks.append(
-        Check(
-            "attention.causal",
-            moved <= CAUSAL_LIMIT,
-            moved,
-            CAUSAL_LIMIT,
-            "earlier logits moved by later tokens",
-        )
-    )
-    return checks
 
 
 # -- against the source -----------------------------------------------------------------------------------------------
@@ -437,22 +394,6 @@ def verify(config: VerifyConfig) -> list[Check]:
     return checks
 
 
-def show(checks: list[Check], path: Path) -> None:
-    """The checks as a table on the terminal."""
-    table = Table(title=escape(str(path)), title_justify="left", box=None, pad_edge=False)
-    for column in ("check", "", "value", "limit"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("detail", style="dim", overflow="fold")
-    for c in checks:
-        mark = "[green]pass[/]" if c.passed else "[red]FAIL[/]"
-        value, limit = (f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in (c.value, c.limit))
-        table.add_row(c.name, mark, escape(value), escape(limit), escape(c.detail))
-    console = Console()
-    console.print(table)
-    failed = [c.name for c in checks if not c.passed]
-    console.print(f"{len(checks)} checks, all passed" if not failed else f"FAILED: {', '.join(failed)}")
-
-
 def main(config: VerifyConfig) -> int:
     checks = verify(config)
     passed = all(c.passed for c in checks)
@@ -467,7 +408,7 @@ def main(config: VerifyConfig) -> int:
             config.json.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise ModelError(f"cannot write {config.json}: {one_line(error)}") from error
-    show(checks, config.checkpoint)
+    show(checks, str(config.checkpoint))
     return 0 if passed else 1
 
 
