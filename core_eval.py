@@ -1,8 +1,8 @@
 """What a model can do, measured the same way each time: perplexity, a small suite of prompts, invariants, one report.
 
-Three sizes. ``tiny`` fits beside every save of a run: the invariants of ``model_checks`` and the first prompt of each
-category. ``quick`` ends a run: all prompts. ``core`` is what ``qwen_prime_eval.py --core`` adds files to: text,
-records, HumanEval. All of it is greedy and pinned: the prompts by their hash, everything else by what a report records.
+Three sizes. ``tiny`` fits beside every save of a run: the invariants of ``model_checks`` and a prompt of each category
+with short answers. ``quick`` ends a run: all prompts. ``core`` is what ``qwen_prime_eval.py --core`` adds files to:
+text, records, HumanEval. All of it is greedy and pinned: prompts by their hash, the rest by what a report records.
 
 A report is a JSON object (``EVAL_name_step.json`` beside the checkpoint). Its ``scores`` map a name to a number, null
 (could not be computed) or ``[passed, total]``; the monitor shows and ``compare`` subtracts them without knowing any.
@@ -41,6 +41,9 @@ FORMAT = "qwen-prime-eval"
 VERSION = 1
 SUITE = Path(__file__).resolve().parent / "assets" / "micro_suite.jsonl"
 SUITE_SHA256 = "5117016906541133230bbdd467f871edd124eb2e6c2951ea1f7811b394475829"
+
+_SHORT = 32
+"""Tokens of an answer that a tiny evaluation waits for."""
 
 Size = Literal["tiny", "quick", "core"]
 Score = float | int | None | list[int]
@@ -105,7 +108,8 @@ def load_suite(size: Size = "core") -> list[Prompt]:
         )
     if size != "tiny":
         return prompts
-    return list({p.category: p for p in reversed(prompts)}.values())[::-1]
+    short = [p for p in prompts if p.tokens <= _SHORT]
+    return list({p.category: p for p in reversed(short)}.values())[::-1]
 
 
 def ask(

@@ -216,7 +216,26 @@ def check_file(path: Path | str) -> str:
     Raises:
         CheckpointError: no such file, not a checkpoint of this suite, truncated, or changed.
     """
-    path = Path(path)
+    recorded = recorded_hash(path)
+    try:
+        with open(path, "rb") as file:
+            digest = _digest(file, file.seek(0, os.SEEK_END) - _COMMENT_LENGTH)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if digest != recorded:
+        raise CheckpointError(
+            f"{path} is damaged: its bytes hash to {digest[:16]}..., recorded is {recorded[:16]}...; "
+            "copy or import it again"
+        )
+    return digest
+
+
+def recorded_hash(path: Path | str) -> str:
+    """The hash that a checkpoint closes with, not compared with its content.
+
+    Raises:
+        CheckpointError: no such file, or one that does not end as a checkpoint of this suite does.
+    """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -224,21 +243,14 @@ def check_file(path: Path | str) -> str:
                 raise CheckpointError(f"{path} has {size} bytes: empty or truncated; import or copy it again")
             file.seek(size - _COMMENT_LENGTH)
             found = _COMMENT.match(file.read())
-            if found is None:
-                raise CheckpointError(
-                    f"{path} does not end with the hash of a PRIME checkpoint: truncated, changed, or written by "
-                    "another program; expected a file from qwen_prime_importer.py or qwen_prime_train.py"
-                )
-            digest = _digest(file, size - _COMMENT_LENGTH)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    recorded = found.group(1).decode()
-    if digest != recorded:
+    if found is None:
         raise CheckpointError(
-            f"{path} is damaged: its bytes hash to {digest[:16]}..., recorded is {recorded[:16]}...; "
-            "copy or import it again"
+            f"{path} does not end with the hash of a PRIME checkpoint: truncated, changed, or written by another "
+            "program; expected a file from qwen_prime_importer.py or qwen_prime_train.py"
         )
-    return digest
+    return found.group(1).decode()
 
 
 def load_checkpoint(path: Path | str, *, check_hash: bool = True) -> dict[str, Any]:

@@ -11,6 +11,7 @@ goes on bit for bit. ``--plan`` says what a run needs of which memory, and train
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import time
@@ -24,6 +25,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import core_eval
 import manifolds
 import memory_plan
 import prime_cli
@@ -40,7 +42,7 @@ from night_shift import (
     Verdict,
 )
 from packed_batches import PackedBatches, evaluation_batches
-from prime_checkpoint import CheckpointError, created_by, load_checkpoint
+from prime_checkpoint import CheckpointError, created_by, load_checkpoint, recorded_hash
 from prime_device import (
     GIB,
     DeviceError,
@@ -65,6 +67,7 @@ from qwen_prime_wrapper import (
 )
 from run_folder import RunFolder, run_name
 from text_records import DataError
+from token_files import write_whole
 from training_data import DataSettings, TrainingData, open_data
 from vote_rules import RuleError
 from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, VoteTrainer
@@ -108,6 +111,8 @@ class TrainConfig(Recipe, DataSettings):
     """How many held-out prompts are continued."""
     sample_tokens: int = 48
     """Tokens of a continuation."""
+    core_eval: bool = True
+    """A tiny evaluation beside each save and the whole suite of prompts at the end: EVAL_name_step.json."""
     save_every: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 3
@@ -290,6 +295,35 @@ class Session:
         self.path = self.folder.save(trainer.done, checkpoint, is_best=is_best, prune=self.watch.sentinel.streak == 0)
         self.saved_at = trainer.done
         self.run.event("save", step=trainer.done, path=self.path, best=is_best)
+        if self.config.core_eval:
+            self.assess("quick" if trainer.done == self.config.steps else "tiny", val_loss)
+
+    def assess(self, size: core_eval.Size, val_loss: float | None) -> None:
+        """Evaluate what was just saved, into a report beside it."""
+        assert self.path is not None, "called behind a save"
+        found = None
+        with self._unless_memory_runs_out("core evaluation"):
+            found = core_eval.evaluate(self.trainer.model, self.tokenizer, size, batch_size=self.config.batch_size)
+        if found is None:
+            return
+        scores, details = found
+        held = {} if self.held is None else {"held_out": self.held.fingerprint}
+        report = core_eval.make_report(
+            kind=size,
+            name=self.folder.name,
+            step=self.trainer.done,
+            model={"path": self.path.name, "kind": "prime", "sha256": recorded_hash(self.path)},
+            tokenizer=self.tokenizer,
+            scores={**({"held_out.nll_per_token": val_loss} if val_loss is not None else {}), **scores},
+            details=details,
+            settings={"dtype": self.config.compute, "device": self.config.device, **held},
+        )
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        write_whole(self.path.parent / core_eval.report_name(self.path.stem), text.encode())
+        broken = [check["name"] for check in details["invariants"] if not check["passed"]]
+        if broken:
+            log.warning("step %d: invariants do not hold: %s", self.trainer.done, ", ".join(broken))
+        self.run.event("core_eval", step=self.trainer.done, size=size, scores=report["scores"])
 
     def return_to(self, verdict: Verdict) -> None:
         """Roll back to the newest whole checkpoint of at most the verdict's step.

@@ -61,6 +61,7 @@ def settings(folder: Path) -> Any:
         eval_every=100,
         sample_every=200,
         save_every=50,
+        core_eval=False,
         resume=bool(list((folder / "run").glob("*_prime_step_*.pt"))),
     )
 

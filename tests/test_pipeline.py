@@ -47,6 +47,7 @@ def test_import_verify_train_verify_evaluate(manifold: Any, rule: Any, tmp_path:
         lr=2e-3,
         warmup=1,
         save_every=3,
+        core_eval=False,
         vote_rule=rule,
         device="cpu",
     )

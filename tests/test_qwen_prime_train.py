@@ -70,6 +70,7 @@ def config(init: Path, records: Path, tmp_path: Path) -> train.TrainConfig:
         warmup=1,
         eval_every=2,
         save_every=2,
+        core_eval=False,
         device="cpu",
     )
 
@@ -101,6 +102,7 @@ def quick(sources: dict[str, Path], tmp_path: Path) -> train.TrainConfig:
         warmup=1,
         eval_every=2,
         save_every=2,
+        core_eval=False,
         device="cpu",
     )
 
