@@ -203,8 +203,9 @@ def lock_down(limits: Limits) -> None:
         SandboxError: the kernel does not take the filter.
     """
     seconds = int(limits.seconds) + 1
+    # The softer limit first: its signal has a name of its own.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     for what, most in (
-        (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, limits.memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 32),
@@ -284,7 +285,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
         return Outcome(True)
     if said.startswith(f"{token} failed "):
         return Outcome(False, _printable(said.removeprefix(f"{token} failed ")))
-    if not in_time:
+    if not in_time or process.returncode == -signal.SIGXCPU:
         return Outcome(False, f"not done after {limits.seconds:g} s")
     return Outcome(False, f"ended without a word, {_ending(process.returncode)}")
 

@@ -59,10 +59,8 @@ def test_judging(completion: str, passed: bool) -> None:
 def test_code_is_taken_out_of_answers() -> None:
     whole = "def twice(x):\n    return 2 * x"
     assert code_of(PROBLEM, f"Sure!\n```python\n{whole}\n```\nDone.") == whole
-    assert (
-        code_of(PROBLEM, f"```\nprint(1)\nprint(2)\nprint(3)  # longer than the function\n```\n```py\n{whole}\n```")
-        == whole
-    )
+    longer = "print(1)\nprint(2)\nprint(3)  # longer than the function"
+    assert code_of(PROBLEM, f"```\n{longer}\n```\n```py\n{whole}\n```") == whole
     assert code_of(PROBLEM, f"```python\n{whole}") == whole, "an answer that ran out of tokens"
     assert code_of(PROBLEM, whole) == whole
     assert code_of(PROBLEM, "```python\nother = 1\n```") == "other = 1"
@@ -70,18 +68,8 @@ def test_code_is_taken_out_of_answers() -> None:
 
 def test_a_continuation_ends_with_its_function() -> None:
     body = "    if x:\n        return [\n        1,\n]\n# note\n\n    return 2 * x\n"
-    for rest in (
-        "\nprint(twice(3))\n",
-        "\ndef other():\n    pass\n",
-        "\nclass A:\n",
-        "\nif __name__ == '__main__':\n",
-        "",
-    ):
-        assert (
-            continuation_of(body + rest)
-            == body.rstrip("\n") + ("\n" if rest else "\n")[: len(body + rest) - len(body.rstrip("\n"))]
-            or True
-        )
+    for rest in ("print(twice(3))\n", "def other():\n    pass\n", "class A:\n", "if __name__ == '__main__':\n"):
+        assert continuation_of(body + "\n" + rest).rstrip("\n") == body.rstrip("\n")
     assert continuation_of("    return 1\nprint(2)") == "    return 1"
     assert continuation_of("    return 1\n\n\nassert 1") == "    return 1\n\n"
     assert "return 2 * x" in continuation_of(body + "\nprint()")
@@ -117,12 +105,8 @@ def test_files(tmp_path: Path) -> None:
 
 def test_programs_hold_prompt_completion_and_test() -> None:
     program = program_of(PROBLEM, PROBLEM.solution)
-    assert (
-        program.index("def twice")
-        < program.index("return 2")
-        < program.index("def check")
-        < program.index("check(twice)")
-    )
+    places = [program.index(part) for part in ("def twice", "return 2", "def check", "check(twice)")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -143,5 +127,8 @@ def test_completing_asks_in_the_form_that_the_tokenizer_knows(chat: bool, monkey
     answer = "Here:\n```python\ndef twice(x):\n    return x * 2\n```" if chat else "    return x * 2\n\nprint(1)"
     monkeypatch.setattr(code_eval, "continue_texts", lambda *a: [answer])
     completions = code_eval.complete(None, Tokenizer(), [PROBLEM], tokens=9, batch_size=1)  # type: ignore[arg-type]
-    assert asked[0] == PROBLEM.prompt if not chat else "```python\ndef twice(x):" in asked[0]
+    if chat:
+        assert "```python\ndef twice(x):" in asked[0]
+    else:
+        assert asked == [PROBLEM.prompt]
     assert judge([PROBLEM], completions, limits=Limits(5.0))[0].passed

@@ -56,7 +56,7 @@ def test_a_computation_runs(program: str) -> None:
         ("import os\nos.kill(os.getppid(), 9)", "PermissionError"),
         ("import os\nos.kill(-1, 9)", "PermissionError"),
         ("import os\nos.execv('/bin/true', ['true'])", "PermissionError"),
-        ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))", "PermissionError"),
+        ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))", "not allowed"),
         ("raise ValueError('\\x1b[31m red\\n')", "ValueError:"),
     ],
 )
@@ -110,22 +110,21 @@ def test_no_file_is_changed(attempt: str, tmp_path: Path) -> None:
         "16, 0, 0x5412, 0",  # ioctl TIOCSTI: types into a terminal
         "157, 22, 2, 0",  # prctl: another filter
         "160, 0, 0",  # setrlimit
-        "302, 0, 0, libc, 0",  # prlimit64 with new limits
+        "302, 0, 0, ctypes.byref((ctypes.c_long * 2)()), 0",  # prlimit64 with new limits
     ],
 )
 def test_system_calls_by_number_are_refused(call: str) -> None:
-    found = run_program(SYSCALL.format(call.replace("libc", "ctypes.byref(ctypes.c_long * 2)()")), LIMITS)
+    found = run_program(SYSCALL.format(call), LIMITS)
     assert not found.passed
-    if "ctypes.byref" not in SYSCALL.format(call):
-        assert found.reason in ("AssertionError: 1",) or "prlimit" in call or "libc" in call
+    assert found.reason == "AssertionError: 1", "EPERM, by the filter"
 
 
 def test_time_is_up_for_whole_groups() -> None:
-    for program in ("while True: pass", "import time\ntime.sleep(60)", "import signal\nsignal.pause()"):
+    for program in ("while True: pass", "import time\ntime.sleep(60)"):
         begun = time.monotonic()
         found = run_program(program, Limits(0.5))
         assert not found.passed and time.monotonic() - begun < 20
-        assert "not done after 0.5 s" in found.reason or "SIGXCPU" in found.reason or "PermissionError" in found.reason
+        assert found.reason.startswith("not done after")
     assert not [p for p in Path("/proc").glob("[0-9]*") if str(Path(sandbox.__file__)) in _command(p)]
 
 
