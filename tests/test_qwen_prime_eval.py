@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
+from prime_checkpoint import check_file
 from qwen_prime_wrapper import ModelError, load_model
 from text_records import DataError
 
@@ -63,9 +65,81 @@ def test_folder_and_checkpoint_score_alike(prime: Path, tmp_path: Path) -> None:
     assert abs(losses[0] - losses[1]) < 1e-4
 
 
+def test_core_writes_a_report_beside_the_checkpoint_and_reports_compare(
+    prime: Path, tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT[:2000], encoding="utf-8")
+    assert evaluation.main(evaluation.EvalConfig(model=prime, core=True, text=file, window=256, stride=128)) == 0
+    beside = prime.parent / "EVAL_tiny_init.json"
+    report = json.loads(beside.read_text())
+    assert (report["format"], report["kind"], report["name"]) == ("qwen-prime-eval", "core", "tiny_prime_init")
+    assert report["model"] == {"path": str(prime), "kind": "prime", "sha256": check_file(prime)}
+    assert report["settings"]["text"]["stride"] == 128 and len(report["settings"]["text"]["sha256"]) == 64
+    assert report["scores"]["invariants"] == [7, 7] and report["scores"]["suite"][1] == 40
+    assert report["nll_per_token"] == report["scores"]["text.nll_per_token"]
+    capsys.readouterr()
+    assert evaluation.main(evaluation.EvalConfig(compare=(beside, beside))) == 0
+    out = capsys.readouterr().out
+    assert "invariants" in out and "+0.0000" in out and "difference" in out
+    broken = tmp_path / "broken.json"
+    broken.write_text("[" * 100_000)
+    for path in (broken, tmp_path / "absent.json", file):
+        with pytest.raises(DataError, match=r"cannot read|is not a report"):
+            evaluation.main(evaluation.EvalConfig(compare=(beside, path)))
+
+
+def test_humaneval_is_written_and_only_run_when_asked(tmp_path: Path, capsys: Any) -> None:
+    problem = {
+        "task_id": "t/0",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "test": "def check(f): assert f() == 1",
+    }
+    problems, kept, report = (tmp_path / n for n in ("p.jsonl", "kept.jsonl", "r.json"))
+    problems.write_text(json.dumps(problem) + "\n")
+    config = evaluation.EvalConfig(
+        model=MODEL, humaneval=problems, save_completions=kept, max_new_tokens=8, json=report
+    )
+    assert evaluation.main(config) == 0
+    assert json.loads(report.read_text())["scores"]["humaneval"] is None
+    assert json.loads(kept.read_text())["task_id"] == "t/0"
+    kept.write_text(json.dumps({"task_id": "t/0", "completion": "    return 1\n"}))
+    judged = evaluation.EvalConfig(humaneval=problems, completions=kept, execute=True, json=report)
+    assert evaluation.main(judged) == 0
+    result = json.loads(report.read_text())
+    assert result["scores"]["humaneval"] == [1, 1]
+    assert result["details"]["humaneval"]["verdicts"] == [{"task_id": "t/0", "passed": True, "reason": ""}]
+
+
+def test_bfloat16_scores_close_to_float32(tmp_path: Path) -> None:
+    file, losses = tmp_path / "text.txt", []
+    file.write_text(TEXT[:1500], encoding="utf-8")
+    for dtype in ("float32", "bfloat16"):
+        report = tmp_path / "out.json"
+        assert evaluation.main(evaluation.EvalConfig(model=MODEL, text=file, dtype=dtype, json=report)) == 0  # type: ignore[arg-type]
+        losses.append(json.loads(report.read_text())["nll_per_token"])
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": MODEL}, "nothing to measure"),
+        ({"core": True}, "which model"),
+        ({"model": MODEL, "core": True, "compare": (MODEL, MODEL)}, "give it alone"),
+        ({"compare": (MODEL,)}, "at least 2"),
+        ({"humaneval": MODEL, "completions": MODEL}, "--execute"),
+        ({"model": MODEL, "text": MODEL, "stride": 0}, "stride is 0"),
+        ({"model": MODEL, "text": MODEL, "batch_size": 0}, "batch-size is 0"),
+    ],
+)
+def test_usage(changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluation.EvalConfig(**changes)
+
+
 def test_bad_input_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError):
-        evaluation.EvalConfig(model=MODEL)
     short = tmp_path / "short.txt"
     short.write_text("")
     with pytest.raises(DataError, match="at least 2"):

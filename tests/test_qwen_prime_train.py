@@ -24,9 +24,10 @@ import prime_cli
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
 import qwen_prime_train as train
+import training_data
 import verify_qwen_prime as verify
 import vote_trainer
-from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
+from prime_checkpoint import check_file, load_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
 from qwen_prime_wrapper import model_from_checkpoint
 from run_folder import RunFolder
@@ -157,6 +158,41 @@ def test_a_run_learns_and_writes_what_it_promises(config: train.TrainConfig) -> 
     mean = {k: sum(s[k]["head"] for s in stats[1:]) / 9 for k in ("agreement", "agreement_control")}
     assert mean["agreement"] > 0.05 > abs(mean["agreement_control"])
     assert all(1 / 6 <= c <= 1 for c in stats[-1]["consensus"].values())
+
+
+def test_every_save_is_evaluated_and_the_run_is_the_same_without(quick: train.TrainConfig, tmp_path: Path) -> None:
+    config = replace(quick, core_eval=True, steps=2)
+    assert train.main(config) == 0
+    reports = {f.name: json.loads(f.read_text()) for f in quick.output_dir.glob("EVAL_*.json")}
+    assert set(reports) == {f"EVAL_prime-harmonic_step_{n}.json" for n in (0, 2)}
+    last = reports["EVAL_prime-harmonic_step_2.json"]
+    assert (last["kind"], last["step"], reports["EVAL_prime-harmonic_step_0.json"]["kind"]) == ("quick", 2, "tiny")
+    stats = list(read_lines(quick.output_dir / "stats.jsonl"))
+    assert last["scores"]["held_out.nll_per_token"] == stats[-1]["val_loss"]
+    assert last["scores"]["suite"][1] == 40
+    saved = quick.output_dir / "prime-harmonic_prime_step_2.pt"
+    assert last["model"]["sha256"] == check_file(saved)
+    events = [e for e in read_lines(quick.output_dir / "events.jsonl") if e["event"] == "core_eval"]
+    assert [(e["step"], e["size"]) for e in events] == [(0, "tiny"), (2, "quick")]
+    other = tmp_path / "without"
+    assert train.main(replace(config, output_dir=other, core_eval=False)) == 0
+    assert load_checkpoint(other / saved.name)["sha256"] == load_checkpoint(saved)["sha256"]
+
+
+def test_a_stream_resumes_bit_for_bit(
+    quick: train.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_data, "STREAM_BYTES", 100)
+    config = replace(quick, block_rows=7, hold_out=0.1)
+    assert train.main(replace(config, output_dir=tmp_path / "whole")) == 0
+    positions = [s["data"] for s in read_lines(tmp_path / "whole" / "stats.jsonl")]
+    assert {p["block"] for p in positions} > {0} and all(p["row"] <= p["rows"] for p in positions)
+    assert train.main(replace(config, output_dir=tmp_path / "parts", steps=4)) == 0
+    (tmp_path / "parts" / "prime-harmonic_prime_step_4.pt").unlink()
+    assert train.main(replace(config, output_dir=tmp_path / "parts", resume=True)) == 0
+    one, other = (load_checkpoint(tmp_path / f / "prime-harmonic_prime_step_4.pt") for f in ("whole", "parts"))
+    assert one["sha256"] == other["sha256"]
+    assert one["train_state"]["data"] == other["train_state"]["data"]
 
 
 def test_the_rate_that_was_not_given_is_recorded(quick: train.TrainConfig) -> None:
