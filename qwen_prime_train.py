@@ -303,7 +303,7 @@ class Session:
         assert self.path is not None, "called behind a save"
         found = None
         with self._unless_memory_runs_out("core evaluation"):
-            found = core_eval.evaluate(self.trainer.model, self.tokenizer, size, batch_size=self.config.batch_size)
+            found = core_eval.evaluate(self.trainer.model, self.tokenizer, size)
         if found is None:
             return
         scores, details = found
