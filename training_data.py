@@ -17,7 +17,7 @@ import logging
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from answer_masks import ENCODING, EncodedSet, describe, encode_records, tokenizer_fingerprint
 from packed_batches import Blocks, OneBlock, recut
@@ -123,15 +123,7 @@ def _open_held(
         return held, f"held out: {len(held):,} documents of the shards in {source}"
     if isinstance(source, DatasetId):
         rows = HubRows(source, settings.eval_split, shuffle=False)
-        limited = StreamBlocks(
-            rows,
-            tokenizer,
-            seq_len=seq_len,
-            rows_per_block=HELD_OUT_MOST,
-            strict=settings.strict,
-            max_bad_share=settings.max_bad_share,
-            last_turn_only=settings.last_turn_only,
-        )
+        limited = _blocks_of(rows, tokenizer, seq_len, settings, rows_per_block=HELD_OUT_MOST)
         records = limited.records(0, 0)
         if records is None or not records.records:
             raise DataError(f"{rows.name}: no usable record, expected some in --eval-data")
@@ -162,6 +154,20 @@ def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int,
     return TrainingData(Prefetched(ShardBlocks(folder, shards["train"], seq_len, seed)), held, summary)
 
 
+def _blocks_of(
+    stream: RowStream, tokenizer: PreTrainedTokenizerBase, seq_len: int, settings: DataSettings, **more: Any
+) -> StreamBlocks:
+    return StreamBlocks(
+        stream,
+        tokenizer,
+        seq_len=seq_len,
+        strict=settings.strict,
+        max_bad_share=settings.max_bad_share,
+        last_turn_only=settings.last_turn_only,
+        **more,
+    )
+
+
 def _open_stream(
     stream: RowStream,
     tokenizer: PreTrainedTokenizerBase,
@@ -170,16 +176,8 @@ def _open_stream(
     hold_out: bool,
 ) -> TrainingData:
     share = settings.hold_out if hold_out else 0.0
-    blocks = StreamBlocks(
-        stream,
-        tokenizer,
-        seq_len=seq_len,
-        rows_per_block=settings.block_rows,
-        limit=settings.limit,
-        hold_out=share,
-        strict=settings.strict,
-        max_bad_share=settings.max_bad_share,
-        last_turn_only=settings.last_turn_only,
+    blocks = _blocks_of(
+        stream, tokenizer, seq_len, settings, rows_per_block=settings.block_rows, limit=settings.limit, hold_out=share
     )
     first = blocks.records(0, 0)
     if first is None or not first.records:
