@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,13 +39,13 @@ def _plain(value: Any) -> Any:
 def this_process() -> dict[str, Any]:
     """What tells this process from every other: ``pid``, ``host`` and, where the system says so, ``ticks``, its start
     in clock ticks since the machine's own."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "ticks": _start_ticks(os.getpid())}
+    return {"pid": os.getpid(), "host": _host(), "ticks": _start_ticks(os.getpid())}
 
 
 def is_alive(process: dict[str, Any]) -> bool | None:
     """Whether a process that :func:`this_process` described still runs; None where that cannot be known from here."""
     pid = process.get("pid")
-    if not isinstance(pid, int) or pid <= 0 or process.get("host") != socket.gethostname():
+    if not isinstance(pid, int) or pid <= 0 or process.get("host") != _host():
         return None
     if process.get("ticks") is not None and os.path.isdir("/proc/self"):
         return _start_ticks(pid) == process["ticks"]
@@ -59,6 +58,15 @@ def is_alive(process: dict[str, Any]) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _host() -> str:
+    if hasattr(os, "uname"):
+        return os.uname().nodename
+    # Slow to import, and monitors are to start at once.
+    import platform
+
+    return platform.node()
 
 
 def _start_ticks(pid: int) -> int | None:
