@@ -243,8 +243,10 @@ def curves(s: Summary, history: History, now: float, width: int) -> Iterator[Tex
 
 def facts(s: Summary, now: float, width: int) -> Iterator[Text]:
     """What has no curve."""
-    if s.data:
-        yield Text.assemble(("data".ljust(LABEL), "dim"), fit(s.data, width - LABEL))
+    seen = [s.data] if s.data else []
+    seen += [] if s.tokens is None else [f"{s.tokens:,} tokens seen"]
+    if seen:
+        yield Text.assemble(("data".ljust(LABEL), "dim"), fit(", ".join(seen), width - LABEL))
     if s.saved_step is not None:
         ago = "" if s.saved_at is None else f", {duration(now - s.saved_at)} ago"
         best = ", the best so far" if s.saved_best else ""

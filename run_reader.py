@@ -260,7 +260,8 @@ class History:
         steps, column = self.steps[after:], self.columns[name][after:]
         return [(step, v) for step, v in zip(steps, column, strict=True) if v == v]
 
-    def _range(self, first: int | None, last: int | None) -> tuple[int, int]:
+    def range(self, first: int | None, last: int | None) -> tuple[int, int]:
+        """Places of the steps from ``first`` to ``last`` inclusive: begin and end of a slice."""
         begin = 0 if first is None else bisect_left(self.steps, first)
         end = len(self.steps) if last is None else bisect_right(self.steps, last)
         return begin, max(begin, end)
@@ -273,7 +274,7 @@ class History:
         Among them are the lowest and the highest of every column in each of some buckets of steps, the first step and
         the last.
         """
-        begin, end = self._range(first, last)
+        begin, end = self.range(first, last)
         few = end - begin <= most
         places = list(range(begin, end)) if few else self._extremes(names, most, begin, end)
         steps = [self.steps[i] for i in places]
@@ -305,7 +306,7 @@ class History:
         where it was locked."""
         import numpy as np
 
-        begin, end = self._range(first, last)
+        begin, end = self.range(first, last)
         layers = sorted(self.layers[name], key=depth)
         if end == begin:
             return [], layers, [[] for _ in layers]

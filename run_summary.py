@@ -85,6 +85,8 @@ class Summary(NamedTuple):
     """Change of the loss in 100 steps."""
     val_loss: float | None
     val_step: int | None
+    first_val_loss: float | None
+    """Of the evaluation before the first step."""
     best: float | None
     best_step: int | None
     agreement: float | None
@@ -99,6 +101,7 @@ class Summary(NamedTuple):
     memory_total: int | None
     rate: float | None
     data: str
+    """Where in its data the run is; empty where it does not say."""
     saved_step: int | None
     saved_at: float | None
     saved_best: bool
@@ -214,7 +217,8 @@ def _plan(run: Run) -> _Plan | None:
     entries = run.config.get("phases")
     if not isinstance(entries, list):
         return None
-    begins, layers, names = [], [], []
+    begins: list[int] = []
+    layers, names = [], []
     for entry in entries:
         step = whole(entry.get("step")) if isinstance(entry, dict) else None
         opened = entry.get("open") if isinstance(entry, dict) else None
@@ -316,8 +320,6 @@ def _data(last: dict[str, Any]) -> str:
         row, rows = whole(data.get("row")), whole(data.get("rows"))
         if row is not None:
             parts.append(f"row {row:,}" + (f" of {rows:,}" if rows else ""))
-    if (tokens := whole(last.get("tokens"))) is not None:
-        parts.append(f"{tokens:,} tokens")
     return ", ".join(parts)
 
 
@@ -425,9 +427,8 @@ def summarize(run: Run, now: float | None = None, events: int = 100) -> Summary:
     losses = history.known("loss", max(0, len(history) - RECENT))
     recent = [v for _, v in losses[-20:]]
     held_out = history.known("val_loss")
-    held_out += [
-        (0, v) for e in run.events if e.get("event") == "evaluation" and (v := number(e.get("val_loss"))) == v
-    ][:1]
+    first = _known(number((_last(run, "evaluation") or {}).get("val_loss")))
+    held_out += [] if first is None else [(0, first)]
     best = min(held_out, key=lambda point: point[1], default=None)
     latest = max(held_out, key=lambda point: point[0], default=None)
     seconds, waited = history.value("seconds"), history.value("data_seconds")
@@ -454,6 +455,7 @@ def summarize(run: Run, now: float | None = None, events: int = 100) -> Summary:
         trend=_trend(losses),
         val_loss=latest[1] if latest else None,
         val_step=latest[0] if latest else None,
+        first_val_loss=first,
         best=best[1] if best else None,
         best_step=best[0] if best else None,
         agreement=_known(history.value("agreement")),
