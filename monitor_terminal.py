@@ -144,15 +144,15 @@ def heading(title: str, note: str, width: int) -> Text:
     return line
 
 
-def header(s: Summary, now: float, width: int) -> Iterator[Text]:
+def header(s: Summary, glanced: bool, now: float, width: int) -> Iterator[Text]:
     """What it is, whether it lives, how far it is."""
     age = "" if s.updated is None else f", last line {duration(now - s.updated)} ago"
     state = Text.assemble(("● " + s.state, STATE_STYLES[s.state]), (age, "dim"))
     yield spread(Text.assemble((s.name, "bold"), ("  " + s.folder, "dim")), state, width)
     if s.state not in ("running", "finished"):
         yield Text(fit(s.how, width), style=STATE_STYLES[s.state])
-    if s.reading > 0:
-        yield Text(f"reading a long history, {share(s.reading)} left", style="dim")
+    if glanced:
+        yield Text("a glance at a long history: curves and best are of some of its steps", style="dim")
     if not s.steps:
         return
     done = min(1.0, s.step / s.steps)
@@ -384,7 +384,7 @@ def render(run: Run, now: float, width: int, height: int | None = None) -> Rende
     them where that is given."""
     width = max(NARROWEST, min(width, WIDEST)) - 1
     s = summarize(run, now)
-    parts = [list(header(s, now, width))]
+    parts = [list(header(s, run.glanced, now, width))]
     if s.state == "waiting":
         parts.append([Text(hint, style="dim") for hint in waiting_hints(run)])
         return Group(*_joined(parts))
@@ -441,8 +441,10 @@ def status_line(run: Run, now: float) -> str:
 
 
 def show_once(run: Run, console: Console, now: float) -> None:
-    """Print one frame of the run as it is."""
-    run.read_all()
+    """Print one frame of the run as it is; where its history is long, at a glance."""
+    run.refresh()
+    if not run.glanced:
+        run.read_all()
     console.print(render(run, now, console.width), no_wrap=True, crop=True)
 
 
@@ -462,13 +464,16 @@ def watch(run: Run, console: Console) -> None:
 def _watch_screen(run: Run, console: Console) -> None:
     from rich.live import Live
 
-    drawn, size_drawn = 0.0, None
+    drawn, size_drawn, news = 0.0, None, False
     try:
         with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
             while True:
-                news = run.refresh(8 << 20)
+                news |= run.refresh()
                 now = time.time()
-                if news or now - drawn >= REDRAW or console.size != size_drawn:
+                # A long history comes in many portions: they are not worth a frame each.
+                due = news and now - drawn >= LOOK * 0.9
+                if due or now - drawn >= REDRAW or console.size != size_drawn:
+                    news = False
                     drawn, size_drawn = now, console.size
                     live.update(render(run, now, console.width, console.height), refresh=True)
                 if not run.behind:
@@ -481,7 +486,7 @@ def _watch_screen(run: Run, console: Console) -> None:
 def _watch_log(run: Run, console: Console) -> None:
     said, step = 0.0, None
     while True:
-        run.refresh(8 << 20)
+        run.refresh()
         now = time.time()
         if not run.behind:
             s = summarize(run, now)

@@ -86,6 +86,8 @@ class Board:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.runs = [Run(folder) for folder in folders]
         self.lock = threading.Lock()
+        self.asked = 0.0
+        """When somebody asked last, by the monotonic clock."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
@@ -99,14 +101,17 @@ class Board:
         self._thread.join()
 
     def _follow(self) -> None:
+        # Slow to import, and wanted by the first who asks.
+        import numpy  # noqa: F401
+
         while not self._stop.is_set():
             behind = False
             for run in self.runs:
                 with self.lock:
                     run.refresh()
                     behind |= run.behind > 0
-                # Answers wait for the lock: let them have it between two portions.
-                self._stop.wait(0.002)
+                # A page that is being opened is worth more than a history that is read a little sooner.
+                self._stop.wait(0.2 if behind and time.monotonic() - self.asked < 0.3 else 0.001)
             if not behind:
                 self._stop.wait(LOOK)
 
@@ -357,6 +362,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, body, kind)
         if target.path not in self.server.answers:
             raise RefusedError(404, "nothing here")
+        self.server.board.asked = time.monotonic()
         with self.server.board.lock:
             answer = self.server.answers[target.path](query)
         body = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()

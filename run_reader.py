@@ -43,10 +43,10 @@ MEANS = ("agreement", "agreement_control", "consensus")
 BY_LAYER = ("flip_rate", "movement", "vote_pressure", "agreement", "agreement_control", "consensus")
 """What is known of a step by layer."""
 HEAD = "head"
-PORTION = 1 << 20
+PORTION = 1 << 18
 """Bytes that one look parses before it lets others have their turn."""
 EVENTS_KEPT, SAMPLES_KEPT, LAYERS_MAX = 5000, 2000, 1000
-GLANCE_FROM, GLANCE_LINES = 16 << 20, 600
+GLANCE_FROM, GLANCE_LINES = 8 << 20, 400
 """From how many bytes on a file is glanced at first, and at how many lines."""
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -147,7 +147,7 @@ def glance(path: Path, lines: int = GLANCE_LINES) -> list[dict[str, Any]]:
                 file.readline()
             if (value := _object(file.readline())) is not None:
                 found.append(value)
-        file.seek(max(0, size - PORTION // 4))
+        file.seek(max(0, size - PORTION))
         file.readline()
         found += [value for line in file if (value := _object(line)) is not None]
     steps = [line.get("step") for line in found]
@@ -414,11 +414,12 @@ class Run:
         """How many weights each layer has; empty where the run does not say."""
         return _groups(self.config.get("layer_weights"))
 
-    def refresh(self, limit: int = PORTION) -> bool:
-        """Read what is new, of the statistics about ``limit`` bytes; whether anything was."""
+    def refresh(self, limit: int = PORTION, *, glancing: bool = True) -> bool:
+        """Read what is new, of the statistics about ``limit`` bytes, and where these are long and have not been looked
+        at a glance over all of them; whether anything was new."""
         before = self.changes
         self._refresh_files()
-        self._refresh_stats(limit)
+        self._refresh_stats(limit, glancing)
         for event in self._follow(self._events, self.events.clear, PORTION):
             self.events.append(event)
         for sample in self._follow(self._samples, self.samples.clear, PORTION):
@@ -434,9 +435,9 @@ class Run:
 
     def read_all(self) -> None:
         """Read to the present end of all files."""
-        self.refresh(1 << 26)
+        self.refresh(glancing=False)
         while self._stats.behind or self._events.behind or self._samples.behind:
-            self.refresh(1 << 26)
+            self.refresh()
 
     def _follow(self, tail: Tail, forget: Any, limit: int) -> list[dict[str, Any]]:
         restarts = tail.restarts
@@ -448,7 +449,7 @@ class Run:
             self.changes += 1
         return lines
 
-    def _refresh_stats(self, limit: int) -> None:
+    def _refresh_stats(self, limit: int, glancing: bool) -> None:
         begun = self._stats.offset > 0
         lines = self._follow(self._stats, self._forget, limit)
         rewinds, weights = self._whole.rewinds, self.weights
@@ -456,7 +457,7 @@ class Run:
             self._whole.add(line, weights)
         if self._whole.rewinds != rewinds and not self.glanced:
             self.generation += 1
-        if not begun and self._stats.behind + self._stats.offset > GLANCE_FROM and limit <= PORTION:
+        if glancing and not begun and self._stats.behind + self._stats.offset > GLANCE_FROM:
             self.history = History()
             for line in glance(self.folder / STATS):
                 self.history.add(line, weights)

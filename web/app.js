@@ -2,7 +2,7 @@
 
 import { amount, colour, Curves, Heat, heatRange, percent, viridis } from "/charts.js";
 
-const POINTS = 1200;
+const POINTS = 3000;
 const COLUMNS = 240;
 const POLL = 2000;
 const QUANTITIES = {
