@@ -299,22 +299,25 @@ def layer_table(s: Summary, most: int, width: int) -> Iterator[Text]:
     rows = grouped(s.layers, most - 1)
     bar_width = max(0, min(20, width - 74))
     loudest = max((p for row in rows if (p := row.mean("pressure")) is not None), default=0.0)
-    titles = "flips".rjust(12) + "flip rate".rjust(11) + "movement".rjust(11) + "pressure".rjust(11)
-    titles += "agreement".rjust(11 + bar_width)
+    narrow = width < 66
+    titles = "flips".rjust(12) + "flip rate".rjust(11) + ("" if narrow else "movement".rjust(11))
+    titles += "pressure".rjust(11) + "agreement".rjust(11 + bar_width)
     yield Text.assemble(("LAYER".ljust(10), "bold"), (titles, "dim"))
     for row in rows:
         first = row.layers[0]
         line = Text.assemble((LAYER_GLYPHS[first.state] + " ", LAYER_STYLES[first.state]), row.name.ljust(8))
         if first.state == "locked":
             when = [f"{layer.opens_at:,}" for layer in row.layers if layer.opens_at]
-            until = "" if not when else f", opens at {when[0]}" + (f" to {when[-1]}" if when[-1] != when[0] else "")
+            until = (
+                "" if not when else f", opens at step {when[0]}" + (f" to {when[-1]}" if when[-1] != when[0] else "")
+            )
             line.append("     locked" + until, "dim")
             yield line
             continue
         flips, pressure, agreement = row.total("flips"), row.mean("pressure"), row.mean("agreement")
         line.append(("-" if flips is None else f"{flips:,.0f}").rjust(12))
         line.append(share(row.mean("flip_rate")).rjust(11))
-        line.append(amount(row.mean("movement")).rjust(11))
+        line.append("" if narrow else amount(row.mean("movement")).rjust(11))
         line.append(share(pressure).rjust(11))
         if bar_width:
             filled = round((pressure or 0) / loudest * (bar_width - 2)) if loudest else 0
@@ -391,7 +394,7 @@ def render(run: Run, now: float, width: int, height: int | None = None) -> Rende
     parts.append(list(phase(s, width)))
     parts.append([*curves(s, run.history, now, width), *facts(s, now, width)])
     room = 10**6 if height is None else height - sum(len(p) + 1 for p in parts)
-    wanted = {"layers": len(s.layers) + 1, "events": 7 if height is None else 13, "scores": 5, "samples": 7}
+    wanted = {"layers": len(s.layers) + 1, "events": 13, "scores": 5, "samples": 7}
     smallest = {"layers": 4, "events": 3, "scores": 3, "samples": 4}
     given: dict[str, int] = {}
     for name in wanted:
