@@ -18,7 +18,7 @@ test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest
 
 browser:
-	@command -v chromium chromedriver >/dev/null || { \
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \
 	  command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
 	} >/dev/null 2>&1 || echo "no Chromium here: tests of the web page are skipped"

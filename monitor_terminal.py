@@ -31,7 +31,8 @@ from run_summary import (
     summarize,
 )
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇"
+"""Without the full block, which would run into the line above."""
 STATE_STYLES = {
     "waiting": "cyan",
     "running": "green",
@@ -227,7 +228,10 @@ def curves(s: Summary, history: History, now: float, width: int) -> Iterator[Tex
     yield curve("loss", "-" if s.loss is None else f"{s.loss:.4f}", course("loss"), trend, width)
     if s.val_loss is not None:
         best = "" if s.best is None else f"best {s.best:.4f} at step {s.best_step:,}"
-        yield curve("held-out", f"{s.val_loss:.4f}", course("val_loss"), best, width, "magenta")
+        held_out = course("val_loss")
+        if s.first_val_loss is not None and held_out and held_out[0] != held_out[0]:
+            held_out[0] = s.first_val_loss
+        yield curve("held-out", f"{s.val_loss:.4f}", held_out, best, width, "magenta")
     if s.flip_rate is not None:
         note = "" if s.flips is None else f"{s.flips:,} weights moved"
         yield curve("flip rate", share(s.flip_rate), course("flip_rate"), note, width)

@@ -64,8 +64,14 @@ async function reload(runs = page.runs) {
 }
 
 async function look(run) {
-  const news = await ask("news", { run: run.id, generation: run.generation, changes: run.changes,
-    state: run.summary ? run.summary.state : "", after: run.newest ?? -1, quantity: page.quantity });
+  const news = await ask("news", {
+    run: run.id,
+    generation: run.generation,
+    changes: run.changes,
+    state: run.summary ? run.summary.state : "",
+    after: run.newest ?? -1,
+    quantity: page.quantity,
+  });
   const fresh = news.steps && news.steps.length > 0;
   if (news.reset) {
     run.generation = news.generation;
@@ -132,9 +138,14 @@ function view() {
 function marks() {
   const { summary } = focused();
   if (!summary) return [];
-  const unlocks = summary.unlocks.map(([step, layers]) => ({ step, level: "unlock", short: `opened ${layers}`,
-    text: `step ${step}: layers ${layers} open` }));
-  const troubles = summary.events.filter((e) => e.step !== null && (e.level === "warning" || e.level === "error"))
+  const unlocks = summary.unlocks.map(([step, layers]) => ({
+    step,
+    level: "unlock",
+    short: `${layers.replace(" and ", ", ")} open`,
+    text: `step ${step}: layers ${layers} open`,
+  }));
+  const troubles = summary.events
+    .filter((e) => e.step !== null && (e.level === "warning" || e.level === "error"))
     .map((e) => ({ step: e.step, level: e.level, text: `step ${e.step}: ${e.text}` }));
   return [...unlocks, ...troubles];
 }
@@ -153,18 +164,44 @@ async function zoom(range) {
 const charts = {};
 
 function buildCharts() {
-  const hooks = { view, zoom, marks, said: (mark) => { $("mark").textContent = mark ? mark.text : ""; } };
-  const curves = (id, spec) => { charts[id] = new Curves($(id), { height: 190, ...spec }, hooks); };
-  curves("loss", { height: 300, marks: true, format: amount, columns: [
-    { name: "loss", label: "training", index: 0, smooth: true },
-    { name: "val_loss", label: "held-out", index: 1, points: true, dash: [6, 3] }] });
-  curves("agreement", { format: (v) => amount(v, 3), columns: [
-    { name: "agreement", label: "votes", index: 0 },
-    { name: "agreement_control", label: "shuffled votes", index: 1, dash: [4, 3] }] });
-  curves("throughput", { floor: 0, format: (v) => amount(v, 4), columns: [
-    { name: "tokens_per_s", label: "tokens/s", index: 0 }] });
-  curves("memory", { floor: 0, format: (v) => amount(v, 3), ceiling: () => 0, columns: [
-    { name: "mem_peak_bytes", label: "GB", index: 0, scale: 1e-9 }] });
+  const hooks = {
+    view,
+    zoom,
+    marks,
+    said: (mark) => {
+      $("mark").textContent = mark ? mark.text : "";
+    },
+  };
+  const curves = (id, spec) => {
+    charts[id] = new Curves($(id), { height: 190, ...spec }, hooks);
+  };
+  curves("loss", {
+    height: 300,
+    marks: true,
+    format: amount,
+    columns: [
+      { name: "loss", label: "training", index: 0, smooth: true },
+      { name: "val_loss", label: "held-out", index: 1, points: true, dash: [6, 3] },
+    ],
+  });
+  curves("agreement", {
+    format: (v) => amount(v, 3),
+    columns: [
+      { name: "agreement", label: "votes", index: 0 },
+      { name: "agreement_control", label: "shuffled votes", index: 1, dash: [4, 3] },
+    ],
+  });
+  curves("throughput", {
+    floor: 0,
+    format: (v) => amount(v, 4),
+    columns: [{ name: "tokens_per_s", label: "tokens/s", index: 0 }],
+  });
+  curves("memory", {
+    floor: 0,
+    format: (v) => amount(v, 3),
+    ceiling: () => 0,
+    columns: [{ name: "mem_peak_bytes", label: "GB", index: 0, scale: 1e-9 }],
+  });
   curves("lr", { floor: 0, format: (v) => amount(v, 3), columns: [{ name: "lr", label: "rate", index: 0 }] });
   charts.heat = new Heat($("heat"), hooks, showCell);
   page.charts = charts;
@@ -182,7 +219,10 @@ function fromTheStart(run) {
   const { steps, columns } = run;
   const first = run.summary ? run.summary.first_val_loss : null;
   if (first === null || page.zoomed || !steps.length || steps[0] < 1) return { steps, columns };
-  const longer = Object.entries(columns).map(([name, values]) => [name, [name === "val_loss" ? first : null, ...values]]);
+  const longer = Object.entries(columns).map(([name, values]) => [
+    name,
+    [name === "val_loss" ? first : null, ...values],
+  ]);
   return { steps: [0, ...steps], columns: Object.fromEntries(longer) };
 }
 
@@ -205,9 +245,14 @@ function showScale() {
     pen.fillStyle = viridis(x / 159);
     pen.fillRect(x, 0, 1, 1);
   }
-  $("scale").append(make("span", { textContent: format(limits[0], 2) }), canvas,
-    make("span", { textContent: format(limits[1], 2) }), make("span", { textContent: unit }),
-    make("span", { className: "swatch" }), make("span", { textContent: "locked" }));
+  $("scale").append(
+    make("span", { textContent: format(limits[0], 2) }),
+    canvas,
+    make("span", { textContent: format(limits[1], 2) }),
+    make("span", { textContent: unit }),
+    make("span", { className: "swatch" }),
+    make("span", { textContent: "locked" }),
+  );
 }
 
 // -- panels -----------------------------------------------------------------------------------------------------------
@@ -234,26 +279,32 @@ const gigabytes = (bytes) => (bytes === null ? "-" : `${(bytes / 1e9).toFixed(2)
 const layerName = (name) => (name === "head" ? "head" : name);
 
 function showRuns() {
-  $("runs").replaceChildren(...page.runs.map((run) => {
-    const state = run.summary ? run.summary.state : run.state;
-    const dot = make("span", { className: "dot" });
-    dot.style.borderColor = colour(run.id);
-    dot.style.background = run.visible ? colour(run.id) : "transparent";
-    const toggle = make("button", { className: "toggle", type: "button", title: "show or hide its curves" }, dot);
-    toggle.setAttribute("aria-pressed", run.visible);
-    toggle.addEventListener("click", () => {
-      run.visible = !run.visible || visible().length === 1;
-      showRuns();
-      showCurves();
-    });
-    const name = make("button", { className: "name", type: "button", title: run.folder },
-      `${run.short} `, make("span", { className: `state is-${state}`, textContent: state }));
-    name.addEventListener("click", () => focus(run.id));
-    const chip = make("span", { className: run.id === page.focus ? "run focus" : "run" });
-    if (page.runs.length > 1) chip.append(toggle);
-    chip.append(name);
-    return chip;
-  }));
+  $("runs").replaceChildren(
+    ...page.runs.map((run) => {
+      const state = run.summary ? run.summary.state : run.state;
+      const dot = make("span", { className: "dot" });
+      dot.style.borderColor = colour(run.id);
+      dot.style.background = run.visible ? colour(run.id) : "transparent";
+      const toggle = make("button", { className: "toggle", type: "button", title: "show or hide its curves" }, dot);
+      toggle.setAttribute("aria-pressed", run.visible);
+      toggle.addEventListener("click", () => {
+        run.visible = !run.visible || visible().length === 1;
+        showRuns();
+        showCurves();
+      });
+      const name = make(
+        "button",
+        { className: "name", type: "button", title: run.folder },
+        `${run.short} `,
+        make("span", { className: `state is-${state}`, textContent: state }),
+      );
+      name.addEventListener("click", () => focus(run.id));
+      const chip = make("span", { className: run.id === page.focus ? "run focus" : "run" });
+      if (page.runs.length > 1) chip.append(toggle);
+      chip.append(name);
+      return chip;
+    }),
+  );
 }
 
 async function focus(id) {
@@ -271,7 +322,9 @@ function showSummary() {
   if (!s) return;
   document.title = `${s.name}: ${s.state}${s.steps ? ` ${Math.floor((100 * s.step) / s.steps)} %` : ""}`;
   if (page.answered) {
-    notice(s.reading > 0 ? `reading a long history: ${percent(s.reading, 2)} left; the curves are a glance until then` : "");
+    notice(
+      s.reading > 0 ? `reading a long history: ${percent(s.reading, 2)} left; the curves are a glance until then` : "",
+    );
   }
   showNow(s);
   showTiles(s);
@@ -279,25 +332,51 @@ function showSummary() {
   showEvents(s);
   showScores(s);
   showSampleSteps(s);
-  $("settings").replaceChildren(...s.settings.map(([name, value]) => make("span", { textContent: `${name} ${value}` })));
+  $("settings").replaceChildren(
+    ...s.settings.map(([name, value]) => make("span", { textContent: `${name} ${value}` })),
+  );
 }
 
 function showNow(s) {
-  const next = s.next_step === null ? "" : ` · next: ${s.next_layers.length ? `${s.next_layers.join(", ")} open` : "change"} `
-    + `at step ${s.next_step.toLocaleString("en-US")}${s.next_eta ? `, in ${duration(s.next_eta)}` : ""}`;
+  const next =
+    s.next_step === null
+      ? ""
+      : ` · next: ${s.next_layers.length ? `${s.next_layers.join(", ")} open` : "change"} ` +
+        `at step ${s.next_step.toLocaleString("en-US")}${s.next_eta ? `, in ${duration(s.next_eta)}` : ""}`;
   const bar = make("progress", { max: s.steps || 1, value: s.steps ? Math.min(s.step, s.steps) : 0 });
   bar.setAttribute("aria-label", "steps done");
   const state = make("span", { className: `is-${s.state}` }, make("span", { className: "pulse" }), s.state);
-  const how = make("span", { className: "detail", id: "how", textContent: s.state === "running" ? "" : ` ${s.how}` });
+  const how = make("span", { className: "detail", id: "how", textContent: s.state === "running" ? "" : `: ${s.how}` });
   $("now").replaceChildren(
-    make("div", {}, make("div", { className: "phase", textContent: s.phase || s.state }),
-      make("div", { className: "detail", textContent: s.phase ? `${s.phase_detail}${next}` : s.how })),
-    make("div", {}, bar, make("div", { className: "steps" },
-      make("span", { textContent: `step ${s.step.toLocaleString("en-US")}${s.steps ? ` of ${s.steps.toLocaleString("en-US")}` : ""}` }),
-      make("span", { textContent: s.pace === null ? "" : `${amount(s.pace, 3)} s a step` }))),
-    make("div", { className: "when" }, make("div", {}, state, how),
-      make("div", { textContent: s.eta === null ? "" : `${duration(s.eta)} left, ends ${clock(Date.now() / 1000 + s.eta)}` }),
-      make("div", { id: "age" })));
+    make(
+      "div",
+      {},
+      make("div", { className: "phase", textContent: s.phase || s.state }),
+      make("div", { className: "detail", textContent: s.phase ? `${s.phase_detail}${next}` : s.how }),
+    ),
+    make(
+      "div",
+      {},
+      bar,
+      make(
+        "div",
+        { className: "steps" },
+        make("span", {
+          textContent: `step ${s.step.toLocaleString("en-US")}${s.steps ? ` of ${s.steps.toLocaleString("en-US")}` : ""}`,
+        }),
+        make("span", { textContent: s.pace === null ? "" : `${amount(s.pace, 3)} s a step` }),
+      ),
+    ),
+    make(
+      "div",
+      { className: "when" },
+      make("div", {}, state, how),
+      make("div", {
+        textContent: s.eta === null ? "" : `${duration(s.eta)} left, ends ${clock(Date.now() / 1000 + s.eta)}`,
+      }),
+      make("div", { id: "age" }),
+    ),
+  );
   showAges();
 }
 
@@ -310,41 +389,79 @@ function showAges() {
 }
 
 function showTiles(s) {
-  const tile = (label, value, note) => make("div", { className: "tile" }, make("div", { className: "label", textContent: label }),
-    make("div", { className: "value", textContent: value }), make("div", { className: "note", textContent: note, title: note }));
-  const trend = s.trend === null ? "mean of 20 steps" : `${s.trend < 0 ? "▼" : "▲"} ${Math.abs(s.trend).toFixed(3)} in 100 steps`;
+  const tile = (label, value, note) =>
+    make(
+      "div",
+      { className: "tile" },
+      make("div", { className: "label", textContent: label }),
+      make("div", { className: "value", textContent: value }),
+      make("div", { className: "note", textContent: note, title: note }),
+    );
+  const trend =
+    s.trend === null ? "mean of 20 steps" : `${s.trend < 0 ? "▼" : "▲"} ${Math.abs(s.trend).toFixed(3)} in 100 steps`;
   $("tiles").replaceChildren(
     tile("training loss", s.loss === null ? "-" : s.loss.toFixed(4), trend),
-    tile("held-out loss", s.val_loss === null ? "-" : s.val_loss.toFixed(4),
-      s.best === null ? "" : `best ${s.best.toFixed(4)} at step ${s.best_step}`),
+    tile(
+      "held-out loss",
+      s.val_loss === null ? "-" : s.val_loss.toFixed(4),
+      s.best === null ? "" : `best ${s.best.toFixed(4)} at step ${s.best_step}`,
+    ),
     tile("flip rate", percent(s.flip_rate), s.flips === null ? "" : `${s.flips.toLocaleString("en-US")} weights`),
-    tile("agreement", s.agreement === null ? "-" : s.agreement.toFixed(3),
-      s.control === null ? "" : `shuffled votes ${s.control.toFixed(3)}`),
-    tile("tokens a second", amount(s.tokens_per_s, 4), s.waiting === null ? "" : `${percent(s.waiting, 2)} waiting for data`),
-    tile("peak memory", gigabytes(s.memory),
-      s.memory && s.memory_total ? `${percent(s.memory / s.memory_total, 2)} of ${gigabytes(s.memory_total)}` : ""),
-    tile("tokens seen", s.tokens === null ? "-" : s.tokens.toLocaleString("en-US"),
-      s.data || (s.rate === null ? "" : `learning rate ${s.rate.toExponential(2)}`)));
+    tile(
+      "agreement",
+      s.agreement === null ? "-" : s.agreement.toFixed(3),
+      s.control === null ? "" : `shuffled votes ${s.control.toFixed(3)}`,
+    ),
+    tile(
+      "tokens a second",
+      amount(s.tokens_per_s, 4),
+      s.waiting === null
+        ? s.pace === null
+          ? ""
+          : `${amount(s.pace, 3)} s a step`
+        : `${percent(s.waiting, 2)} waiting for data`,
+    ),
+    tile(
+      "peak memory",
+      gigabytes(s.memory),
+      s.memory && s.memory_total ? `${percent(s.memory / s.memory_total, 2)} of ${gigabytes(s.memory_total)}` : "",
+    ),
+    tile(
+      "tokens seen",
+      s.tokens === null ? "-" : s.tokens.toLocaleString("en-US"),
+      s.data || (s.rate === null ? "" : `learning rate ${s.rate.toExponential(2)}`),
+    ),
+  );
   $("card").textContent = s.memory_total ? `GB at most, of ${(s.memory_total / 1e9).toFixed(1)}` : "GB at most";
 }
 
 function showLayers(s) {
   $("phase").textContent = s.phase_detail;
   const loudest = Math.max(1e-12, ...s.layers.map((layer) => layer.pressure ?? 0));
-  const head = make("tr", {}, ...["layer", "flip rate", "movement", "vote pressure", "agrees"].map((t) => make("th", { textContent: t })));
+  const head = make(
+    "tr",
+    {},
+    ...["layer", "flip rate", "movement", "vote pressure", "agrees"].map((t) => make("th", { textContent: t })),
+  );
   const rows = s.layers.map((layer) => {
     const row = make("tr", { className: layer.state });
     row.dataset.layer = layer.name;
-    row.append(make("td", { title: LAYER_WORDS[layer.state] }, make("span", { className: "glyph" }), layerName(layer.name)));
+    row.append(
+      make("td", { title: LAYER_WORDS[layer.state] }, make("span", { className: "glyph" }), layerName(layer.name)),
+    );
     if (layer.state === "locked") {
-      const when = layer.opens_at === null ? "locked" : `locked, opens at step ${layer.opens_at.toLocaleString("en-US")}`;
+      const when =
+        layer.opens_at === null ? "locked" : `locked, opens at step ${layer.opens_at.toLocaleString("en-US")}`;
       row.append(make("td", { colSpan: 4, className: "state-cell", textContent: when }));
       return row;
     }
     const meter = make("meter", { min: 0, max: loudest, value: layer.pressure ?? 0, title: percent(layer.pressure) });
-    row.append(make("td", { textContent: percent(layer.flip_rate) }), make("td", { textContent: amount(layer.movement, 3) }),
+    row.append(
+      make("td", { textContent: percent(layer.flip_rate) }),
+      make("td", { textContent: amount(layer.movement, 3) }),
       make("td", {}, `${percent(layer.pressure, 2)} `, meter),
-      make("td", { textContent: layer.agreement === null ? "-" : layer.agreement.toFixed(2) }));
+      make("td", { textContent: layer.agreement === null ? "-" : layer.agreement.toFixed(2) }),
+    );
     if (layer.heat !== null) row.title = `braked by the governor: rate x ${layer.heat.toFixed(2)}`;
     return row;
   });
@@ -352,10 +469,19 @@ function showLayers(s) {
 }
 
 function showEvents(s) {
-  $("events").replaceChildren(...[...s.events].reverse().map((e) => make("li", {},
-    make("time", { textContent: clock(e.timestamp) }),
-    make("span", { className: "at", textContent: e.step === null ? "" : `step ${e.step}` }),
-    make("span", { className: `level-${e.level}`, textContent: e.text }))));
+  $("events").replaceChildren(
+    ...[...s.events]
+      .reverse()
+      .map((e) =>
+        make(
+          "li",
+          {},
+          make("time", { textContent: clock(e.timestamp) }),
+          make("span", { className: "at", textContent: e.step === null ? "" : `step ${e.step}` }),
+          make("span", { className: `level-${e.level}`, textContent: e.text }),
+        ),
+      ),
+  );
 }
 
 function showScores(s) {
@@ -364,19 +490,29 @@ function showScores(s) {
   $("samples").closest("section").style.gridColumn = rows.length ? "" : "1 / -1";
   if (!rows.length) return;
   const head = make("tr", {}, ...["checkpoint", ...names].map((t) => make("th", { textContent: t })));
-  const body = rows.map(([name, kind, step, cells]) => make("tr", {},
-    make("td", { title: `${name} ${kind}`, textContent: step === null ? name : `step ${step}${kind ? `, ${kind}` : ""}` }),
-    ...cells.map((cell) => make("td", { textContent: cell }))));
+  const body = rows.map(([name, kind, step, cells]) =>
+    make(
+      "tr",
+      {},
+      make("td", {
+        title: `${name} ${kind}`,
+        textContent: step === null ? name : `step ${step}${kind ? `, ${kind}` : ""}`,
+      }),
+      ...cells.map((cell) => make("td", { textContent: cell })),
+    ),
+  );
   $("scores").replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...body)));
 }
 
 function segments(element, names, chosen, choose) {
-  element.replaceChildren(...names.map(([value, text]) => {
-    const button = make("button", { type: "button", textContent: text });
-    button.setAttribute("aria-pressed", value === chosen);
-    button.addEventListener("click", () => choose(value));
-    return button;
-  }));
+  element.replaceChildren(
+    ...names.map(([value, text]) => {
+      const button = make("button", { type: "button", textContent: text });
+      button.setAttribute("aria-pressed", value === chosen);
+      button.addEventListener("click", () => choose(value));
+      return button;
+    }),
+  );
 }
 
 function showRange() {
@@ -390,22 +526,32 @@ function showRange() {
 }
 
 function showQuantity() {
-  segments($("quantity"), Object.entries(QUANTITIES).map(([key, q]) => [key, q.name]), page.quantity, async (key) => {
-    page.quantity = key;
-    showQuantity();
-    await loadHeat(focused());
-    showCurves();
-  });
+  segments(
+    $("quantity"),
+    Object.entries(QUANTITIES).map(([key, q]) => [key, q.name]),
+    page.quantity,
+    async (key) => {
+      page.quantity = key;
+      showQuantity();
+      await loadHeat(focused());
+      showCurves();
+    },
+  );
 }
 
 function showSampleSteps(s) {
   const steps = s.sample_steps;
   const chosen = page.sampleStep ?? steps[steps.length - 1];
   const near = steps.length > 12 ? steps.filter((x, i) => i >= steps.length - 11 || i === 0 || x === chosen) : steps;
-  segments($("sample-steps"), near.map((x) => [x, x.toLocaleString("en-US")]), chosen, (x) => {
-    page.sampleStep = x;
-    showSampleSteps(s);
-  });
+  segments(
+    $("sample-steps"),
+    near.map((x) => [x, x.toLocaleString("en-US")]),
+    chosen,
+    (x) => {
+      page.sampleStep = x;
+      showSampleSteps(s);
+    },
+  );
   if (steps.length) loadSamples(chosen);
   else $("samples").replaceChildren(make("p", { className: "empty", textContent: "none yet" }));
 }
@@ -413,8 +559,17 @@ function showSampleSteps(s) {
 async function loadSamples(step) {
   const answer = await ask("samples", { run: page.focus, step });
   const part = (title, text) => make("div", {}, make("h3", { textContent: title }), make("pre", { textContent: text }));
-  $("samples").replaceChildren(...answer.samples.map((s) => make("div", { className: "sample" },
-    part("prompt", s.prompt), part(`what the model writes, step ${answer.step}`, s.text), part("reference", s.reference))));
+  $("samples").replaceChildren(
+    ...answer.samples.map((s) =>
+      make(
+        "div",
+        { className: "sample" },
+        part("prompt", s.prompt),
+        part(`what the model writes, step ${answer.step}`, s.text),
+        part("reference", s.reference),
+      ),
+    ),
+  );
 }
 
 // -- light and dark ---------------------------------------------------------------------------------------------------
@@ -462,13 +617,24 @@ async function findRuns() {
       const { runs } = await ask("runs", {});
       // Runs of one model are told apart by their folders.
       const names = runs.map((run) => run.name);
-      page.runs = runs.map((run) => ({ ...run, visible: true, generation: -1, changes: -1, newest: null, steps: [],
-        columns: {}, heat: null, summary: null,
-        short: names.filter((n) => n === run.name).length > 1 ? run.folder.split("/").filter(Boolean).pop() : run.name }));
+      page.runs = runs.map((run) => ({
+        ...run,
+        visible: true,
+        generation: -1,
+        changes: -1,
+        newest: null,
+        steps: [],
+        columns: {},
+        heat: null,
+        summary: null,
+        short: names.filter((n) => n === run.name).length > 1 ? run.folder.split("/").filter(Boolean).pop() : run.name,
+      }));
       return;
     } catch (error) {
       notice(`the monitor does not answer (${error.message}); asking again`);
-      await new Promise((done) => { setTimeout(done, POLL); });
+      await new Promise((done) => {
+        setTimeout(done, POLL);
+      });
     }
   }
 }

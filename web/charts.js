@@ -10,7 +10,8 @@ const PALETTES = {
 };
 // Viridis, by nine of its colours; between them straight lines.
 const VIRIDIS = ["440154", "482878", "3e4a89", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "fde725"].map((hex) =>
-  [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+  [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)),
+);
 
 export const isDark = () => document.documentElement.dataset.theme === "dark";
 export const colour = (index) => PALETTES[isDark() ? "dark" : "light"][index % 6];
@@ -51,28 +52,49 @@ function smooth(steps, values) {
 }
 
 function axes(format) {
-  const common = { stroke: css("--soft"), font: "11px system-ui, 'DejaVu Sans', sans-serif",
-    grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--line"), width: 1, size: 4 } };
+  const common = {
+    stroke: css("--soft"),
+    font: "11px system-ui, 'DejaVu Sans', sans-serif",
+    grid: { stroke: css("--grid"), width: 1 },
+    ticks: { stroke: css("--line"), width: 1, size: 4 },
+  };
   return [
-    { ...common, size: 34, space: 60, label: "step", labelSize: 14, labelFont: "11px system-ui, sans-serif",
-      labelGap: -4, values: (u, splits) => splits.map((v) => (Number.isInteger(v) ? v.toLocaleString("en-US") : "")) },
+    {
+      ...common,
+      size: 34,
+      space: 60,
+      label: "step",
+      labelSize: 14,
+      labelFont: "11px system-ui, sans-serif",
+      labelGap: -4,
+      values: (u, splits) => splits.map((v) => (Number.isInteger(v) ? v.toLocaleString("en-US") : "")),
+    },
     { ...common, size: AXIS, space: 28, values: (u, splits) => splits.map((v) => format(v)) },
   ];
 }
 
 function base(element, height, page) {
   return {
-    width: Math.max(240, element.clientWidth), height, padding: [10, 14, 0, 0],
-    cursor: { sync: { key: "steps", scales: ["x", null] }, drag: { x: true, y: false, setScale: false, dist: 8 },
-      focus: { prox: 24 }, points: { size: 6 }, bind: { dblclick: () => () => page.zoom(null) } },
+    width: Math.max(240, element.clientWidth),
+    height,
+    padding: [10, 14, 0, 0],
+    cursor: {
+      sync: { key: "steps", scales: ["x", null] },
+      drag: { x: true, y: false, setScale: false, dist: 8 },
+      focus: { prox: 24 },
+      points: { size: 6 },
+      bind: { dblclick: () => () => page.zoom(null) },
+    },
     hooks: {
-      setSelect: [(u) => {
-        if (u.select.width < 2) return;
-        const [from, to] = [u.select.left, u.select.left + u.select.width].map((x) => u.posToVal(x, "x"));
-        u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-        // A cursor that is synchronised selects in all charts: only the one under the pointer may speak.
-        if (u.root.matches(":hover")) page.zoom({ from: Math.floor(from), to: Math.ceil(to) });
-      }],
+      setSelect: [
+        (u) => {
+          if (u.select.width < 2) return;
+          const [from, to] = [u.select.left, u.select.left + u.select.width].map((x) => u.posToVal(x, "x"));
+          u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+          // A cursor that is synchronised selects in all charts: only the one under the pointer may speak.
+          if (u.root.matches(":hover")) page.zoom({ from: Math.floor(from), to: Math.ceil(to) });
+        },
+      ],
     },
   };
 }
@@ -92,7 +114,9 @@ function drawMarks(u, marks, labels) {
   for (const mark of marks) {
     const x = Math.round(u.valToPos(mark.step, "x", true)) + 0.5;
     if (x < bbox.left - 1 || x > bbox.left + bbox.width + 1) continue;
-    ctx.strokeStyle = ctx.fillStyle = css(mark.level === "unlock" ? "--mark" : mark.level === "error" ? "--bad" : "--warn");
+    ctx.strokeStyle = ctx.fillStyle = css(
+      mark.level === "unlock" ? "--mark" : mark.level === "error" ? "--bad" : "--warn",
+    );
     ctx.lineWidth = dpr;
     ctx.setLineDash(mark.level === "unlock" ? [3 * dpr, 3 * dpr] : []);
     ctx.beginPath();
@@ -117,14 +141,39 @@ function drawMarks(u, marks, labels) {
   ctx.restore();
 }
 
+/** What both kinds of charts share: a place on the page, and building anew where `key` changes. */
+class Chart {
+  constructor(element, page) {
+    Object.assign(this, { element, page, chart: null, key: "" });
+  }
+
+  resize() {
+    if (this.chart) this.chart.setSize({ width: Math.max(240, this.element.clientWidth), height: this.height() });
+  }
+
+  clear(text) {
+    if (this.chart) this.chart.destroy();
+    this.chart = null;
+    this.key = "";
+    this.element.replaceChildren();
+    if (text)
+      this.element.append(Object.assign(document.createElement("p"), { className: "empty", textContent: text }));
+  }
+}
+
 /**
  * A chart of curves of several runs.
  * spec: columns [{name, label, dash, points, smooth, index}], format, height, marks (bool), floor (lowest y shown).
  * page: view() -> [from, to], zoom(range or null), marks() -> marks, said(mark) when the cursor is near one.
  */
-export class Curves {
+export class Curves extends Chart {
   constructor(element, spec, page) {
-    Object.assign(this, { element, spec, page, chart: null, key: "" });
+    super(element, page);
+    this.spec = spec;
+  }
+
+  height() {
+    return this.spec.height;
   }
 
   /** runs: [{name, index, steps, columns}]; builds anew where runs, theme or place have changed. */
@@ -134,7 +183,9 @@ export class Curves {
     for (const run of runs) {
       const table = [run.steps];
       for (const column of this.spec.columns) {
-        const values = (run.columns[column.name] || []).map((v) => (v === null || !column.scale ? v : v * column.scale));
+        const values = (run.columns[column.name] || []).map((v) =>
+          v === null || !column.scale ? v : v * column.scale,
+        );
         if (!values.some((v) => v !== null)) continue;
         const of = runs.length > 1 ? `${run.name} ` : "";
         const tint = runs.length > 1 ? colour(run.index) : colour(column.index);
@@ -172,24 +223,33 @@ export class Curves {
   build(shown, data) {
     const { spec, page, element } = this;
     const options = base(element, spec.height, page);
-    options.scales = { x: { time: false, range: () => page.view() }, y: { range: (u, low, high) => this.range(low, high) } };
+    options.scales = {
+      x: { time: false, range: () => page.view() },
+      y: { range: (u, low, high) => this.range(low, high) },
+    };
     options.axes = axes(spec.format);
     options.legend = { live: true };
     options.series = [{ label: "step", value: (u, v) => (v === null ? "-" : v.toLocaleString("en-US")) }];
     for (const s of shown) {
       options.series.push({
-        label: s.label, stroke: s.faint ? `${s.tint}59` : s.tint, width: s.faint ? 1 : 2, dash: s.dash,
-        spanGaps: Boolean(s.points), points: { show: Boolean(s.points), size: 6, fill: css("--panel") },
+        label: s.label,
+        stroke: s.faint ? `${s.tint}59` : s.tint,
+        width: s.faint ? 1 : 2,
+        dash: s.dash,
+        spanGaps: Boolean(s.points),
+        points: { show: Boolean(s.points), size: 6, fill: css("--panel") },
         value: (u, v) => (v === null || v === undefined ? "-" : spec.format(v, 5)),
       });
     }
     if (spec.marks) options.hooks.drawAxes = [(u) => drawMarks(u, page.marks(), true)];
     if (spec.marks) {
-      options.hooks.setCursor = [(u) => {
-        const marks = page.marks().map((m) => ({ ...m, far: Math.abs(u.valToPos(m.step, "x") - u.cursor.left) }));
-        const near = marks.filter((m) => m.far < 8).sort((a, b) => a.far - b.far)[0];
-        page.said(u.cursor.left >= 0 && near ? near : null);
-      }];
+      options.hooks.setCursor = [
+        (u) => {
+          const marks = page.marks().map((m) => ({ ...m, far: Math.abs(u.valToPos(m.step, "x") - u.cursor.left) }));
+          const near = marks.filter((m) => m.far < 8).sort((a, b) => a.far - b.far)[0];
+          page.said(u.cursor.left >= 0 && near ? near : null);
+        },
+      ];
     }
     this.chart = new uPlot(options, data, element);
   }
@@ -198,19 +258,10 @@ export class Curves {
     const { floor, ceiling } = this.spec;
     if (low === null) return [0, 1];
     const room = (high - low || Math.abs(high) || 1) * 0.06;
-    return [floor === undefined ? low - room : Math.min(floor, low), Math.max(high + room, ceiling ? ceiling() : -Infinity)];
-  }
-
-  resize() {
-    if (this.chart) this.chart.setSize({ width: Math.max(240, this.element.clientWidth), height: this.spec.height });
-  }
-
-  clear(text) {
-    if (this.chart) this.chart.destroy();
-    this.chart = null;
-    this.key = "";
-    this.element.replaceChildren();
-    if (text) this.element.append(Object.assign(document.createElement("p"), { className: "empty", textContent: text }));
+    return [
+      floor === undefined ? low - room : Math.min(floor, low),
+      Math.max(high + room, ceiling ? ceiling() : -Infinity),
+    ];
   }
 }
 
@@ -218,7 +269,10 @@ export class Curves {
 
 /** Lowest and highest number of a heat map, without the outermost hundredth on either side. */
 export function heatRange(rows) {
-  const known = rows.flat().filter((v) => v !== null).sort((a, b) => a - b);
+  const known = rows
+    .flat()
+    .filter((v) => v !== null)
+    .sort((a, b) => a - b);
   if (!known.length) return null;
   const at = (share) => known[Math.round(share * (known.length - 1))];
   const [low, high] = [at(0.01), at(0.99)];
@@ -226,12 +280,14 @@ export function heatRange(rows) {
 }
 
 /** A quantity by layer (down) and step (across); the head on top, locked cells hatched. */
-export class Heat {
+export class Heat extends Chart {
   constructor(element, page, said) {
-    Object.assign(this, { element, page, said, chart: null, key: "", heat: null, limits: null });
+    super(element, page);
+    Object.assign(this, { said, heat: null, limits: null });
   }
 
-  height(count) {
+  height() {
+    const count = this.heat.layers.length;
     return Math.min(470, Math.max(count * 15, Math.min(count * 30, 232)) + 48);
   }
 
@@ -252,17 +308,23 @@ export class Heat {
     this.clear();
     this.key = key;
     const count = heat.layers.length;
-    const options = base(this.element, this.height(count), this.page);
+    const options = base(this.element, this.height(), this.page);
     options.legend = { show: false };
     options.cursor.points = { show: false };
     options.scales = { x: { time: false, range: () => this.page.view() }, y: { range: () => [0, count] } };
     options.axes = axes((v) => v);
-    const every = Math.ceil((count * 13) / (this.height(count) - 48));
-    const named = heat.layers.map((name, i) => [count - i - 0.5, name === "head" ? "head" : `layer ${name}`])
+    const every = Math.ceil((count * 13) / (this.height() - 48));
+    const named = heat.layers
+      .map((name, i) => [count - i - 0.5, name === "head" ? "head" : `layer ${name}`])
       .filter((pair, i) => i % every === 0);
     options.axes[0].grid = { show: false };
-    Object.assign(options.axes[1], { grid: { show: false }, ticks: { show: false }, gap: 4,
-      splits: () => named.map((pair) => pair[0]), values: () => named.map((pair) => pair[1]) });
+    Object.assign(options.axes[1], {
+      grid: { show: false },
+      ticks: { show: false },
+      gap: 4,
+      splits: () => named.map((pair) => pair[0]),
+      values: () => named.map((pair) => pair[1]),
+    });
     options.series = [{}, { stroke: "transparent" }];
     options.hooks.drawClear = [(u) => this.draw(u)];
     options.hooks.setCursor = [(u) => this.hover(u)];
@@ -290,7 +352,11 @@ export class Heat {
         ctx.fillRect(edges[k], top, Math.max(1, edges[k + 1] - edges[k]), bottom - top);
       });
     });
-    drawMarks(u, this.page.marks().filter((m) => m.level === "unlock"), false);
+    drawMarks(
+      u,
+      this.page.marks().filter((m) => m.level === "unlock"),
+      false,
+    );
     ctx.restore();
   }
 
@@ -303,20 +369,6 @@ export class Heat {
     const k = bounds.findIndex((b, n) => n + 1 < bounds.length && step >= b - 0.5 && step < bounds[n + 1] - 0.5);
     if (k < 0) return this.said(null);
     return this.said({ layer: layers[i], from: bounds[k], to: bounds[k + 1] - 1, value: rows[i][k] });
-  }
-
-  resize() {
-    if (this.chart) {
-      this.chart.setSize({ width: Math.max(240, this.element.clientWidth), height: this.height(this.heat.layers.length) });
-    }
-  }
-
-  clear(text) {
-    if (this.chart) this.chart.destroy();
-    this.chart = null;
-    this.key = "";
-    this.element.replaceChildren();
-    if (text) this.element.append(Object.assign(document.createElement("p"), { className: "empty", textContent: text }));
   }
 }
 
