@@ -377,10 +377,9 @@ def score_lines(run: Run, most: int, width: int) -> Iterator[Text]:
     widths = [max(len(name), *(len(scores[i]) for _, scores in rows)) for i, name in enumerate(names)]
     titles = "  ".join(name.rjust(w) for name, w in zip(names, widths, strict=True))
     yield Text.assemble(("SCORES".ljust(20), "bold"), (fit(titles, width - 20), "dim"))
-    for evaluation, scores in rows[-(most - 1) :]:
-        step = "-" if evaluation.step is None else f"step {evaluation.step:,}"
+    for step, scores in rows[-(most - 1) :]:
         cells = "  ".join(score.rjust(w) for score, w in zip(scores, widths, strict=True))
-        yield Text(fit(f"{step} {evaluation.kind}".ljust(20) + cells, width))
+        yield Text(fit(("-" if step is None else f"step {step:,}").ljust(20) + cells, width))
 
 
 # -- a frame ----------------------------------------------------------------------------------------------------------

@@ -92,7 +92,12 @@ class Board:
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
     def start(self) -> None:
-        """Begin to read."""
+        """Look once, then go on in a thread of its own."""
+        # Slow to import, and wanted by the first who asks.
+        import numpy  # noqa: F401
+
+        for run in self.runs:
+            run.refresh()
         self._thread.start()
 
     def stop(self) -> None:
@@ -101,9 +106,6 @@ class Board:
         self._thread.join()
 
     def _follow(self) -> None:
-        # Slow to import, and wanted by the first who asks.
-        import numpy  # noqa: F401
-
         while not self._stop.is_set():
             behind = False
             for run in self.runs:
@@ -149,14 +151,14 @@ class Board:
                 answer["reset"] = True
             else:
                 answer["steps"], answer["columns"] = history.points(SERIES, NEWS_MOST, history.steps[begin])
-                bounds, layers, rows = history.heat(query.quantity(), NEWS_MOST, history.steps[begin])
-                answer["heat"] = {"bounds": bounds, "layers": layers, "rows": rows}
+                bounds, layers, cells = history.heat(query.quantity(), NEWS_MOST, history.steps[begin])
+                answer["heat"] = {"bounds": bounds, "layers": layers, "rows": cells}
         summary = summarize(run)
         if query.whole("changes", -1, -1, 1 << 62) != run.changes or query.text("state", "") != summary.state:
-            names, rows_of_scores = score_table(run.evaluations)
+            names, rows = score_table(run.evaluations)
             answer["summary"] = {
                 **_plain(summary),
-                "scores": {"names": names, "rows": [[e.name, e.kind, e.step, cells] for e, cells in rows_of_scores]},
+                "scores": {"names": names, "rows": rows},
                 "sample_steps": sample_steps(run),
             }
         return answer
@@ -407,10 +409,10 @@ def serve(runs: Sequence[Path], host: str, port: int, *, remote: bool = False, t
         raise OSError(f"cannot serve at {host} port {port}: {error.strerror}; choose another by --port") from error
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{server.server_address[1]}/" + (f"?token={token}" if token else "")
+    board.start()
     print(f"watching {', '.join(map(str, runs))} at {address}  (Ctrl-C ends)", flush=True)
     if remote:
         print("other machines can reach it; the token travels unencrypted, ssh -L is safer", flush=True)
-    board.start()
     try:
         server.serve_forever()
     except KeyboardInterrupt:

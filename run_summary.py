@@ -496,20 +496,33 @@ def samples_at(run: Run, step: int) -> list[dict[str, str]]:
     return [{name: harmless(s.get(name, "")) for name in ("prompt", "text", "reference")} for s in found]
 
 
-def score_table(evaluations: list[Evaluation]) -> tuple[list[str], list[tuple[Evaluation, list[str]]]]:
-    """Score names, and for each evaluation its scores as text in that order, empty where it has none."""
-    names = list(dict.fromkeys(name for e in evaluations for name in e.scores))
-    return names, [(e, [score_text(e.scores.get(name, "")) for name in names]) for e in evaluations]
+def score_table(evaluations: list[Evaluation]) -> tuple[list[str], list[tuple[int | None, list[str]]]]:
+    """Columns, and for each step with an evaluation its scores as text in that order, empty where it has none. Columns
+    bear the names of scores, with the evaluation's kind or name in front where several evaluations use one name."""
+    sources = {(e.kind, e.name) for e in evaluations}
+    by_kind = len({kind for kind, _ in sources}) == len(sources)
+    users: dict[str, set[tuple[str, str]]] = {}
+    for e in evaluations:
+        for name in e.scores:
+            users.setdefault(name, set()).add((e.kind, e.name))
+    columns: dict[str, None] = {}
+    rows: dict[int | None, dict[str, str]] = {}
+    for e in evaluations:
+        for name, score in e.scores.items():
+            column = harmless(f"{e.kind if by_kind else e.name} {name}" if len(users[name]) > 1 else name, 60)
+            columns[column] = None
+            rows.setdefault(e.step, {})[column] = score_text(score)
+    return list(columns), [(step, [cells.get(c, "") for c in columns]) for step, cells in rows.items()]
 
 
-def score_text(score: Any) -> str:
+def score_text(score: float | tuple[int, int] | None) -> str:
     """A score as text: ``0.7512``, ``12 / 20 (60%)``, a dash for None."""
     if score is None:
         return "-"
     if isinstance(score, tuple):
         passed, total = score
         return f"{passed} / {total}" + (f" ({100 * passed / total:.0f}%)" if total else "")
-    return score if isinstance(score, str) else f"{score:.5g}"
+    return f"{score:.5g}"
 
 
 def duration(seconds: float | None) -> str:

@@ -20,8 +20,8 @@ from watched_run import STEPS, append, copy_run, cut, recorded_line
 import monitor_terminal
 from monitor_terminal import amount, grouped, render, share, sparkline, status_line
 from prime_telemetry import RunLog, this_process
-from run_reader import Run
-from run_summary import Layer, duration, harmless, names_of, score_text, summarize
+from run_reader import Evaluation, Run
+from run_summary import Layer, duration, harmless, names_of, score_table, score_text, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,6 +212,19 @@ def test_small_pieces() -> None:
     assert [names_of(n) for n in ((), (3,), (2, 3), (0, 1, 2, 9))] == ["", "3", "3 and 2", "9 and 2 to 0"]
     assert harmless("a\x00\x7f\x85\u2066é\ud800\t") == "a␀␡\\u0085\\u2066é\\ud800\t"
     assert [score_text(s) for s in (None, 0.5, (3, 4), (0, 0))] == ["-", "0.5", "3 / 4 (75%)", "0 / 0"]
+
+
+def test_scores_have_a_row_per_checkpoint() -> None:
+    found = [
+        Evaluation("a", 60, "core", {"nll": 2.5, "passed": (3, 4)}),
+        Evaluation("a", 60, "tiny", {"nll": 2.0}),
+        Evaluation("a", 120, "core", {"nll": None}),
+    ]
+    columns, rows = score_table(found)
+    assert columns == ["core nll", "passed", "tiny nll"]
+    assert rows == [(60, ["2.5", "3 / 4 (75%)", "2"]), (120, ["-", "", ""])]
+    assert score_table(found[:1]) == (["nll", "passed"], [(60, ["2.5", "3 / 4 (75%)"])])
+    assert score_table([]) == ([], [])
 
 
 # -- watching ---------------------------------------------------------------------------------------------------------

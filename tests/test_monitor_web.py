@@ -392,11 +392,9 @@ def test_runs_are_compared_zoomed_and_seen_on_a_phone(browser: Any, run: Path, t
         assert labels == ["step", "run training", "run smoothed", "run held-out", "other training", "other smoothed",
                           "other held-out"]  # fmt: skip
         browser.execute_script("monitor.charts.loss.page.zoom({from: 30, to: 60})")
-        wait_for(lambda: browser.execute_script("return monitor.runs[0].steps.length") == 31)
-        ranges = browser.execute_script(
-            "return Object.values(monitor.charts).map(c => [c.chart.scales.x.min, c.chart.scales.x.max])"
-        )
-        assert ranges == [[30, 60]] * len(ranges)
+        ranges = "return Object.values(monitor.charts).map(c => [c.chart.scales.x.min, c.chart.scales.x.max])"
+        wait_for(lambda: browser.execute_script(ranges) == [[30, 60]] * 6)
+        assert browser.execute_script("return monitor.runs.map(run => run.steps.length)") == [31, 31]
         browser.execute_script("document.querySelectorAll('.run .name')[1].click()")
         wait_for(lambda: "step 100 of 240" in text_of(browser, "#now"))
         size = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}

@@ -490,14 +490,11 @@ function showScores(s) {
   $("samples").closest("section").style.gridColumn = rows.length ? "" : "1 / -1";
   if (!rows.length) return;
   const head = make("tr", {}, ...["checkpoint", ...names].map((t) => make("th", { textContent: t })));
-  const body = rows.map(([name, kind, step, cells]) =>
+  const body = rows.map(([step, cells]) =>
     make(
       "tr",
       {},
-      make("td", {
-        title: `${name} ${kind}`,
-        textContent: step === null ? name : `step ${step}${kind ? `, ${kind}` : ""}`,
-      }),
+      make("td", { textContent: step === null ? "-" : `step ${step.toLocaleString("en-US")}` }),
       ...cells.map((cell) => make("td", { textContent: cell })),
     ),
   );
