@@ -24,6 +24,7 @@ from run_summary import (
     Layer,
     Summary,
     duration,
+    harmless,
     names_of,
     sample_steps,
     samples_at,
@@ -429,7 +430,7 @@ def waiting_hints(run: Run) -> list[str]:
         return ["The trainer is reading its data or compiling; the first step is shown as soon as it is written."]
     hints = ["Waiting for config.json and stats.jsonl there; the trainer writes them, Ctrl-C ends the waiting."]
     near = [p.parent for folder in (run.folder, run.folder.parent) for p in sorted(folder.glob("*/stats.jsonl"))[:4]]
-    return hints + [f"There is a run in {p}" for p in dict.fromkeys(near)]
+    return hints + [f"There is a run in {harmless(p, 300)}" for p in dict.fromkeys(near)]
 
 
 def status_line(run: Run, now: float) -> str:
@@ -506,7 +507,7 @@ def _watch_log(run: Run, console: Console) -> None:
 
 
 def terminal(folder: Path, once: bool, console: Console | None = None) -> int:
-    """What ``monitor_qwen.py RUN`` does; 0, or 130 after Ctrl-C as usual."""
+    """What ``monitor_qwen.py RUN`` does; Ctrl-C is how one stops to watch, so 0 after it too."""
     console = console or Console()
     run = Run(folder)
     if once:

@@ -120,7 +120,7 @@ class Board:
     def overview(self, query: Query) -> dict[str, Any]:
         """Names and states of all runs."""
         now = time.time()
-        return {"runs": [{"id": i, **_brief(summarize(run, now, 0))} for i, run in enumerate(self.runs)]}
+        return {"runs": [{"id": i, **_brief(summarize(run, now, 1))} for i, run in enumerate(self.runs)]}
 
     def series(self, query: Query) -> dict[str, Any]:
         """Curves."""

@@ -155,7 +155,10 @@ def state_of(run: Run, now: float, pace: float | None) -> tuple[State, str]:
     """The state of a run, and how it is known."""
     start = _last(run, "start")
     if start is None and not run.history:
-        return "waiting", "config.json is there, no step yet" if run.config else f"nothing in {run.folder} yet"
+        return (
+            "waiting",
+            "config.json is there, no step yet" if run.config else f"nothing in {harmless(run.folder, 300)} yet",
+        )
     since: list[dict[str, Any]] = []
     for event in reversed(run.events):
         if event is start:

@@ -7,7 +7,11 @@ const COLUMNS = 240;
 const POLL = 2000;
 const QUANTITIES = {
   flip_rate: { name: "flip rate", unit: "share of weights that changed their index", format: percent },
-  movement: { name: "movement", unit: "mean |change| / mean |weight| in a step", format: amount },
+  movement: {
+    name: "movement",
+    unit: "mean |change| / mean |weight| in a step",
+    format: (v) => (v === null || v === undefined ? "-" : v.toExponential(1)),
+  },
   vote_pressure: { name: "vote pressure", unit: "RMS vote / largest vote of the buffer", format: percent },
   agreement: { name: "agreement", unit: "cosine of votes with a fresh gradient", format: (v) => amount(v, 3) },
 };
@@ -458,7 +462,7 @@ function showLayers(s) {
     const meter = make("meter", { min: 0, max: loudest, value: layer.pressure ?? 0, title: percent(layer.pressure) });
     row.append(
       make("td", { textContent: percent(layer.flip_rate) }),
-      make("td", { textContent: amount(layer.movement, 3) }),
+      make("td", { textContent: QUANTITIES.movement.format(layer.movement) }),
       make("td", {}, `${percent(layer.pressure, 2)} `, meter),
       make("td", { textContent: layer.agreement === null ? "-" : layer.agreement.toFixed(2) }),
     );
