@@ -1,5 +1,5 @@
 # make demo    the main job end to end on the embedded model and data, offline, in a few minutes
-# make test    the tests
+# make test    the tests; tries to install Chromium, without which those of the web page are skipped
 # make check   lint and types
 # make bench   every measurement that the README quotes and that this machine can make
 
@@ -9,13 +9,19 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench clean browser
 
 demo: $(VENV)/installed
 	$(BIN)/python assets/demo.py
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest
+
+browser:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \
+	  command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	} >/dev/null 2>&1 || echo "no Chromium here: tests of the web page are skipped"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

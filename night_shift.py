@@ -120,6 +120,16 @@ class LayerPeel:
             return "head"
         return "window" if number == self.window else "peeling"
 
+    def phases(self, steps: int, count: int) -> list[dict[str, Any]]:
+        """The plan for a run of so many steps: ``step`` (from 0) before which the open layers change, which are
+        ``open`` from then on, and the ``phase`` that it is."""
+        found: list[dict[str, Any]] = []
+        for step in (0, *(range(self.start, steps, self.every) if self.every else ())):
+            layers = list(self.open_layers(step, count))
+            if not found or layers != found[-1]["open"]:
+                found.append({"step": step, "open": layers, "phase": self.phase(step, count)})
+        return found
+
 
 # -- who is open ------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """What a run tells the outside: append-only JSON lines in the run's folder. No torch, so monitors start at once.
 
-    RUN/config.json     the trainer's configuration, written before step 1 RUN/stats.jsonl     one object a step
+    RUN/config.json     the trainer's configuration, written before step 1
+    RUN/stats.jsonl     one object a step
     RUN/events.jsonl    what happened beside the steps: start, first evaluation, unlock, save, skip, spike, memory,
-    return,
-                        signal, end
+                        return, signal, end
     RUN/samples.jsonl   what the model writes: prompt, text, reference
 
 After a return to an earlier checkpoint steps are counted again from there: of two lines of one step the later one
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,50 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other: ``pid``, ``host`` and, where the system says so, ``ticks``, its start
+    in clock ticks since the machine's own."""
+    return {"pid": os.getpid(), "host": _host(), "ticks": _start_ticks(os.getpid())}
+
+
+def is_alive(process: dict[str, Any]) -> bool | None:
+    """Whether a process that :func:`this_process` described still runs; None where that cannot be known from here."""
+    pid = process.get("pid")
+    if not isinstance(pid, int) or pid <= 0 or process.get("host") != _host():
+        return None
+    if process.get("ticks") is not None and os.path.isdir("/proc/self"):
+        return _start_ticks(pid) == process["ticks"]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    except OSError:
+        return None
+    return True
+
+
+def _host() -> str:
+    if hasattr(os, "uname"):
+        return os.uname().nodename
+    # Slow to import, and monitors are to start at once.
+    import platform
+
+    return platform.node()
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Field 22 of proc(5)'s stat; None where there is no such process or no such file. A zombie is not running."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The name, field 2, may hold anything, also brackets; what follows its last one is regular.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 class RunLog:

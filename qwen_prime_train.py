@@ -53,7 +53,7 @@ from prime_device import (
     memory_total,
     return_freed_memory,
 )
-from prime_telemetry import RunLog
+from prime_telemetry import RunLog, this_process
 from qwen_prime_wrapper import (
     ModelError,
     build_model,
@@ -391,6 +391,9 @@ class Session:
             consensus=result.consensus,
             governor=self.watch.governor.braked() if self.watch.governor else {},
             measured=result.measured,
+            movement=result.movement,
+            vote_pressure=result.pressure,
+            flips_by_layer=result.flips,
             flip_rate_by_grid={n: m.flip_rate for n, m in result.moved.items()},
         )
         if result.verdict.kind not in ("ok", "roll_back", "end"):
@@ -548,9 +551,12 @@ def main(config: TrainConfig) -> int:
         "lr": trainer.recipe.lr,
         "started_from": source,
         "created_by": created_by("qwen_prime_train.py"),
+        "memory_total_bytes": memory_total(config.device),
+        "layer_weights": {g.name: sum(grid.indices.numel() for grid in g.grids.values()) for g in trainer.groups},
+        "phases": config.watch().peel.phases(config.steps, len(trainer.supervisor.layers)),
     }
     session.run.config(settings)
-    session.run.event("start", step=trainer.done, checkpoint=source)
+    session.run.event("start", step=trainer.done, checkpoint=source, process=this_process())
     del checkpoint
     path = session.go()
     session.run.event("end", step=trainer.done, path=path)

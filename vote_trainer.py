@@ -55,6 +55,8 @@ class VotesLost(RuntimeError):
 
 DEFAULT_RATE = 0.25
 """Learning rate times width, where none is given."""
+PRESSURE_ROWS = 32
+"""About how many rows of a grid are looked at to measure its vote pressure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,9 @@ class StepResult:
         measured: what the governor measured, by group of layers.
         agreement: cosines of (votes, shuffled votes) with the first micro-batch's descent direction, by group.
         consensus: how far the micro-batches agreed with each other, by group: 1/K for noise, 1 for one opinion.
+        movement: mean |change| over mean |weight|, by group.
+        flips: how many weights changed their index, by group.
+        pressure: how full the vote buffers were when they were applied, by group: see :meth:`VoteTrainer._pressure`.
         events: (kind, fields) of what happened beside the step.
     """
 
@@ -172,6 +177,9 @@ class StepResult:
     measured: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, tuple[float, float]] = field(default_factory=dict)
     consensus: dict[str, float] = field(default_factory=dict)
+    movement: dict[str, float] = field(default_factory=dict)
+    flips: dict[str, int] = field(default_factory=dict)
+    pressure: dict[str, float] = field(default_factory=dict)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
@@ -295,7 +303,9 @@ class VoteTrainer:
             return None
         moved: dict[str, Movement] = {}
         self.ballot.close()
+        pressure: dict[str, float] = {}
         if skipped < ran:
+            pressure = self._pressure()
             moved = self._apply(rate, count)
         self.optimizer.zero_grad(set_to_none=True)
         if not fits:
@@ -313,6 +323,7 @@ class VoteTrainer:
             moved=moved,
             rate=rate,
             data_seconds=waited,
+            pressure=pressure,
             events=events,
         )
 
@@ -384,6 +395,29 @@ class VoteTrainer:
             if not self.ballot.standing and not self.ballot.torn:
                 return
         raise VotesLost(f"step {self.done}: memory ran out, and again while votes of micro-batch {k} were taken back")
+
+    @torch.no_grad()
+    def _pressure(self) -> dict[str, float]:
+        """Vote pressure by group: RMS of the votes that are about to move the weights, in units of the largest vote
+        that their buffer holds (0 silent, 1 every vote at the edge). Of a few evenly spaced rows of each grid, every
+        grid counted by its weights."""
+        found: dict[str, float] = {}
+        for group in self.groups:
+            total, weights = 0.0, 0
+            for grid in group.grids.values():
+                if grid.state is None:
+                    continue
+                rows = slice(None, None, max(1, grid.shape[0] // PRESSURE_ROWS))
+                if grid.state.votes is None:
+                    votes, most = grid.tables().votes(grid.indices[rows]), 2 ** (self.ballot.rule.vote_bits - 1) - 1
+                else:
+                    votes, most = grid.state.votes[rows], torch.iinfo(grid.state.votes.dtype).max
+                count = grid.indices.numel()
+                total += float(votes.float().square().mean()) / most**2 * count
+                weights += count
+            if weights:
+                found[group.name] = math.sqrt(total / weights)
+        return found
 
     def _apply(self, rate: float, count: int) -> dict[str, Movement]:
         try:
@@ -458,6 +492,10 @@ class VoteTrainer:
             names = [n for n in group.grids if n in result.moved]
             if not names:
                 continue
+            weights = sum(result.moved[n].weights for n in names)
+            result.flips[group.name] = sum(result.moved[n].flips for n in names)
+            travelled = sum(result.moved[n].relative * result.moved[n].weights for n in names)
+            result.movement[group.name] = travelled / weights
             heard = [c for n in names if (c := self.grids[n].agreement.cosines) is not None]
             if heard:
                 result.agreement[group.name] = (

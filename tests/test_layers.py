@@ -22,6 +22,8 @@ FLOORS = {
     "token_shards": 4,
     "training_data": 5,
     "qwen_prime_data": 7,
+    "run_reader": 1,
+    "run_summary": 2,
     "ghost_kernels": 1,
     "prime_checkpoint": 1,
     "vote_rules": 2,
@@ -41,6 +43,9 @@ FLOORS = {
     "verify_qwen_prime": 7,
     "qwen_prime_eval": 7,
     "qwen_prime_bench": 7,
+    "monitor_terminal": 3,
+    "monitor_web": 3,
+    "monitor_qwen": 7,
 }
 
 
@@ -80,8 +85,14 @@ def test_nothing_runs_at_import(module: str) -> None:
             assert ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
 
 
-def test_telemetry_needs_no_torch() -> None:
-    tree = ast.parse((ROOT / "prime_telemetry.py").read_text(encoding="utf-8"))
+LIGHT = ["prime_telemetry", "run_reader", "run_summary", "monitor_terminal", "monitor_web", "monitor_qwen"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_who_watches_needs_no_torch(module: str) -> None:
+    assert imports_of(module) <= set(LIGHT)
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
     assert not any(name.startswith(("torch", "transformers", "numpy")) for name in names)

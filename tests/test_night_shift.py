@@ -75,6 +75,16 @@ def test_schedules_that_cannot_be_read(text: str) -> None:
         LayerPeel.parse(text)
 
 
+@pytest.mark.parametrize(("text", "window"), [("none", None), ("v7", None), ("3:2:2", None), ("3:2:2", 3)])
+def test_the_plan_is_the_schedule(text: str, window: int | None) -> None:
+    peel, steps, layers = LayerPeel.parse(text, window), 40, 7
+    plan = peel.phases(steps, layers)
+    assert plan[0]["step"] == 0 and all(a["open"] != b["open"] for a, b in itertools.pairwise(plan))
+    for step in range(steps):
+        now = [entry for entry in plan if entry["step"] <= step][-1]
+        assert (tuple(now["open"]), now["phase"]) == (peel.open_layers(step, layers), peel.phase(step, layers))
+
+
 def test_a_window_needs_a_schedule() -> None:
     for text, window in (("none", 4), ("v7", 0)):
         with pytest.raises(PeelError, match="peel-window"):

@@ -427,3 +427,31 @@ def test_votes_agree_with_fresh_gradients_only_where_there_is_a_signal(
         votes, control = (sum(a[group][i] for a in signal) / len(signal) for i in (0, 1))
         assert votes > 0.5 and abs(control) < 0.1, group
         assert sum(a[group][0] for a in noise) / len(noise) < 0.5 * votes, group
+
+
+@pytest.mark.parametrize("rule", ["momentum", "compact", "supermajority"])
+def test_open_layers_report_their_movement_and_vote_pressure(make: Make, rule: str) -> None:
+    """Whatever the governor does; locked layers report nothing."""
+    trainer = make(vote_rule=rule)
+    trainer.watch.governor = None
+    opened: list[set[str]] = []
+    for _ in range(4):
+        result = trainer.step()
+        opened.append(set(result.flips))
+        assert result.measured == {}
+        assert set(result.movement) == set(result.pressure) == set(result.flips)
+        assert all(0 < p < 1 for p in result.pressure.values())
+        assert sum(result.flips.values()) == sum(m.flips for m in result.moved.values())
+    assert opened[0] == {"head"} and opened[3] == {"head", "2"}
+
+
+def test_vote_pressure_is_one_where_every_vote_is_at_the_edge(make: Make) -> None:
+    trainer = make()
+    trainer.step()
+    head = trainer.supervisor.top.grids
+    for grid in head.values():
+        grid.state.votes.fill_(-127)
+    assert trainer._pressure()["head"] == pytest.approx(1.0)
+    for grid in head.values():
+        grid.state.votes.zero_()
+    assert trainer._pressure()["head"] == 0.0

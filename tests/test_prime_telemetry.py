@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
-from prime_telemetry import RunLog, read_lines
+from prime_telemetry import RunLog, is_alive, read_lines, this_process
 
 
 def test_lines_are_appended_whole_and_read_back(tmp_path: Path) -> None:
@@ -41,3 +43,14 @@ def test_lines_that_are_no_objects_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'3\n\xff\xfe\n[1]\n\n{"a": 1}\n')
     assert list(read_lines(tmp_path / "x.jsonl")) == [{"a": 1}]
     assert list(read_lines(tmp_path / "absent.jsonl")) == []
+
+
+def test_a_process_is_told_from_others_and_from_its_successors() -> None:
+    mine = this_process()
+    assert is_alive(mine) is True
+    assert is_alive({**mine, "host": "elsewhere"}) is None and is_alive({}) is None
+    if mine["ticks"] is not None:
+        assert is_alive({**mine, "ticks": mine["ticks"] - 1}) is False
+    code = "import json, prime_telemetry; print(json.dumps(prime_telemetry.this_process()))"
+    ended = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert is_alive(ended) is False
