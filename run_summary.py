@@ -381,6 +381,13 @@ def _entry(event: dict[str, Any]) -> Entry:
     elif kind == "governor":
         measured, limit = number(fields.get("measured")), number(fields.get("limit"))
         level, text = "warning", f"layer {said('layer')} braked: {measured:.2g}, limit {limit:.2g}"
+    elif kind == "core_eval":
+        scores = fields.get("scores")
+        pairs = {k: v for k, v in scores.items() if "." not in k} if isinstance(scores, dict) else {}
+        counts = [
+            f"{harmless(k, 40)} {v[0]} of {v[1]}" for k, v in pairs.items() if isinstance(v, list) and len(v) == 2
+        ]
+        text = harmless(f"evaluated: {', '.join(counts)}", 200)
     elif kind == "left_out":
         level, text = "warning", f"no memory for the {said('what')}, left out"
     elif kind == "signal":
@@ -501,18 +508,19 @@ def samples_at(run: Run, step: int) -> list[dict[str, str]]:
 
 def score_table(evaluations: list[Evaluation]) -> tuple[list[str], list[tuple[int | None, list[str]]]]:
     """Columns, and for each step with an evaluation its scores as text in that order, empty where it has none. Columns
-    bear the names of scores, with the evaluation's kind or name in front where several evaluations use one name."""
-    sources = {(e.kind, e.name) for e in evaluations}
-    by_kind = len({kind for kind, _ in sources}) == len(sources)
-    users: dict[str, set[tuple[str, str]]] = {}
+    bear the names of scores, with the evaluation's name in front where several names use one. Parts of a score that is
+    there (``suite.code`` beside ``suite``) are left to the report."""
+    users: dict[str, set[str]] = {}
     for e in evaluations:
         for name in e.scores:
-            users.setdefault(name, set()).add((e.kind, e.name))
+            users.setdefault(name, set()).add(e.name)
     columns: dict[str, None] = {}
     rows: dict[int | None, dict[str, str]] = {}
     for e in evaluations:
         for name, score in e.scores.items():
-            column = harmless(f"{e.kind if by_kind else e.name} {name}" if len(users[name]) > 1 else name, 60)
+            if name.rpartition(".")[0] in e.scores:
+                continue
+            column = harmless(f"{e.name} {name}" if len(users[name]) > 1 else name, 60)
             columns[column] = None
             rows.setdefault(e.step, {})[column] = score_text(score)
     return list(columns), [(step, [cells.get(c, "") for c in columns]) for step, cells in rows.items()]

@@ -216,14 +216,14 @@ def test_small_pieces() -> None:
 
 def test_scores_have_a_row_per_checkpoint() -> None:
     found = [
-        Evaluation("a", 60, "core", {"nll": 2.5, "passed": (3, 4)}),
-        Evaluation("a", 60, "tiny", {"nll": 2.0}),
-        Evaluation("a", 120, "core", {"nll": None}),
+        Evaluation("a", 60, "tiny", {"nll": 2.5, "suite": (3, 4), "suite.code": (1, 2), "text.nll": 1.0}),
+        Evaluation("b", 60, "core", {"nll": 2.0}),
+        Evaluation("a", 120, "quick", {"nll": None, "suite": (5, 40)}),
     ]
     columns, rows = score_table(found)
-    assert columns == ["core nll", "passed", "tiny nll"]
-    assert rows == [(60, ["2.5", "3 / 4 (75%)", "2"]), (120, ["-", "", ""])]
-    assert score_table(found[:1]) == (["nll", "passed"], [(60, ["2.5", "3 / 4 (75%)"])])
+    assert columns == ["a nll", "suite", "text.nll", "b nll"], "parts of a score that is there are left out"
+    assert rows == [(60, ["2.5", "3 / 4 (75%)", "1", "2"]), (120, ["-", "5 / 40 (12%)", "", ""])]
+    assert score_table(found[:1])[0] == ["nll", "suite", "text.nll"]
     assert score_table([]) == ([], [])
 
 
