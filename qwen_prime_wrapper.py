@@ -128,6 +128,35 @@ def swap_modules(model: PreTrainedModel, manifold: Manifold) -> None:
         model.get_output_embeddings().grid = model.get_input_embeddings().grid
 
 
+def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The inverse of :func:`swap_modules`: ``model`` (mutated) gets dense linears and embeddings in place of its ghost
+    modules, one at a time, and every parameter in ``dtype``; a tied head stays tied."""
+    weights: dict[int, nn.Parameter] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, GhostEmbedding | GhostLinearTandem):
+                continue
+            grid = child.grid
+            if id(grid) not in weights:
+                weight = torch.empty(grid.shape, dtype=dtype, device=grid.indices.device)
+                for rows in grid.slices():
+                    weight[rows] = grid.dequantize(rows, dtype)
+                weights[id(grid)] = nn.Parameter(weight)
+            out_features, in_features = grid.shape
+            with torch.device("meta"):
+                dense: nn.Embedding | nn.Linear
+                if isinstance(child, GhostEmbedding):
+                    dense = nn.Embedding(out_features, in_features)
+                else:
+                    dense = nn.Linear(in_features, out_features, bias=child.bias is not None)
+                    dense.bias = child.bias
+            dense.weight = weights[id(grid)]
+            dense.train(child.training)
+            setattr(parent, name, dense)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def _restore_computed_buffers(model: PreTrainedModel) -> None:
     """Rebuild what a config determines and no checkpoint stores (rotary frequencies): on meta they have no values."""
     for parent in list(model.modules()):
