@@ -201,6 +201,7 @@ def export_gguf(source: DenseSource, output: Path, kind: str, force: bool) -> No
                 f"{weight.name} has rows of {weight.shape[1]} weights, Q8_0 needs multiples of {_BLOCK}: choose --type "
                 "F16 or BF16"
             )
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     numbers = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], source.config["num_hidden_layers"])
     with new_file(output, force) as temporary:

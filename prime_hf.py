@@ -20,6 +20,7 @@ suite's own trainer makes one: the very first micro-batch of a run is measured a
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import types
 from collections.abc import Callable, Iterator
@@ -186,10 +187,10 @@ def _arrange(model: PreTrainedModel) -> None:
     readable = PrimeHead(head.grid)
     readable.bias = head.bias
     model.set_output_embeddings(readable)
-    model._keys_to_ignore_on_load_unexpected = [
-        *(model._keys_to_ignore_on_load_unexpected or []),
-        *(f"^{name}$".replace(".", r"\.") for name in (modeling_prime.TABLE, modeling_prime.GUARD)),
-    ]
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        *(f"^{re.escape(name)}$" for name in (modeling_prime.TABLE, modeling_prime.GUARD)),
+    }
     # Grids are shared modules; transformers' own tying is of parameters, which these are not.
     model._tied_weights_keys = None
     model.all_tied_weights_keys = {}
