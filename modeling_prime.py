@@ -9,6 +9,7 @@ suite first; this class then steps aside.
 import copy
 import json
 import os
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,7 +33,7 @@ def _weight_files(path, **hub):
 
 def dense_tensors(files, dtype):
     """The folder's weights, norms and biases in ``dtype``, by their names in transformers' model."""
-    places = {}
+    places: dict[str, str] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             places |= {name: file for name in opened.keys()}  # noqa: SIM118, not a dict
@@ -67,13 +68,12 @@ class PrimeForCausalLM:
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         config = copy.deepcopy(config if config is not None else AutoConfig.from_pretrained(os.fspath(path), **hub))
         dtype = dtype if torch_dtype is None else torch_dtype
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
         if "prime" in AUTO_QUANTIZER_MAPPING:
-            model_class = AutoModelForCausalLM._model_mapping[type(config)]
             return model_class.from_pretrained(path, *args, config=config, dtype=dtype, **kwargs)
         dtype = torch.float32 if dtype in ("auto", None) else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         del config.quantization_config, config.auto_map
         for name in HUB_ARGUMENTS:
             kwargs.pop(name, None)
-        model_class = AutoModelForCausalLM._model_mapping[type(config)]
         tensors = dense_tensors(_weight_files(os.fspath(path), **hub), dtype)
         return model_class.from_pretrained(None, *args, config=config, state_dict=tensors, dtype=dtype, **kwargs)

@@ -7,8 +7,8 @@ ghost modules, and the indices go straight from the file into them. ``save_pretr
 :class:`PrimeVoteOptimizer`.
 
 Without the plug-in, transformers skips an unknown quantization method with a warning, finds none of the weights that
-it expects, and returns a model of random numbers. ``auto_map`` alone does not prevent that: where transformers knows the
-model type, it is not asked for custom code. So every folder holds one tensor that the dense model has and the ghost
+it expects, and returns a model of random numbers. ``auto_map`` alone does not prevent that: where transformers knows
+the model type, it asks for no custom code. So every folder holds one tensor that the dense model has and the ghost
 model has not, the embedding's weight, in an impossible shape: transformers, and every other reader that checks shapes,
 stops there. With ``trust_remote_code=True`` the folder's own ``modeling_prime.py`` opens it, dense.
 
@@ -130,10 +130,8 @@ class PrimeQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         restore_modules(model, dtype or torch.float32)
-        for name in ("save_pretrained", "_tied_weights_keys", "_keys_to_ignore_on_load_unexpected"):
+        for name in ("save_pretrained", "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_save"):
             model.__dict__.pop(name, None)
-        model.__dict__.pop("_keys_to_ignore_on_save", None)
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.config.dtype = dtype or torch.float32
         model.config.__dict__.pop("auto_map", None)
         return model
@@ -172,8 +170,8 @@ class _DenseWeight(torch.autograd.Function):
 
 
 class PrimeHead(GhostLinearTandem):
-    """A head whose ``weight`` can be read: losses that multiply by ``lm_head.weight`` themselves (TRL's fused head) find
-    it, and their gradient votes. It is dense while it is in use."""
+    """A head whose ``weight`` can be read: losses that multiply by ``lm_head.weight`` themselves (TRL's fused head)
+    find it, and their gradient votes. It is dense while it is in use."""
 
     @property
     def weight(self) -> torch.Tensor:
@@ -184,16 +182,14 @@ class PrimeHead(GhostLinearTandem):
 def _arrange(model: PreTrainedModel) -> None:
     """Fit a swapped model to transformers' loading and saving: a readable head, and one name for a tied grid."""
     head = model.get_output_embeddings()
-    readable = PrimeHead(head.grid)
+    readable: Any = PrimeHead(head.grid)
     readable.bias = head.bias
     model.set_output_embeddings(readable)
+    # A set, whatever the class has: transformers unites it with another.
     model._keys_to_ignore_on_load_unexpected = {
         *(model._keys_to_ignore_on_load_unexpected or ()),
         *(f"^{re.escape(name)}$" for name in (modeling_prime.TABLE, modeling_prime.GUARD)),
     }
-    # Grids are shared modules; transformers' own tying is of parameters, which these are not.
-    model._tied_weights_keys = None
-    model.all_tied_weights_keys = {}
     if readable.grid is model.get_input_embeddings().grid:
         prefix = next(name for name, module in model.named_modules() if module is readable)
         model._keys_to_ignore_on_save = [f"{prefix}.grid.indices", f"{prefix}.grid.scale"]
@@ -329,9 +325,9 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
         if not model.training:
             self.ballot.close()
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise RuntimeError("PrimeVoteOptimizer does not sum votes over processes: run one process")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise RuntimeError("PrimeVoteOptimizer does not sum votes over processes: run one process")
         if self._count == self.micro_batches:
             raise RuntimeError(
                 f"a step was to have {self.micro_batches} micro-batches and another begins: make PrimeVoteOptimizer's "

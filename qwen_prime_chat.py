@@ -9,8 +9,8 @@ Answers go to standard output, everything else to standard error. Ctrl-C stops t
 one does not wait for the running token); Ctrl-D or /quit leaves. /help lists the commands. Control characters in an
 answer are shown as symbols, so that no answer can steer the terminal.
 
-Indices are looked up in every forward pass, which is what training needs and generation pays for with every token. Where
-memory allows, the weights are therefore looked up once, into a dense copy (``--weights``).
+Indices are looked up in every forward pass, which is what training needs and generation pays for with every token.
+Where memory allows, the weights are therefore looked up once, into a dense copy (``--weights``).
 """
 
 from __future__ import annotations
@@ -101,16 +101,15 @@ def harmless(text: str) -> str:
     return text.translate({**_HIDDEN, **_HIDDEN_TEXT})
 
 
-def open_model(
-    path: Path, weights: str, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(path: Path, weights: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model for generation and its tokenizer; says once which weights it computes with.
 
     Raises:
         CheckpointError, ModelError: see ``load_model``.
         ChatError: a dense copy was asked for and does not fit.
     """
-    model, tokenizer, _ = load_model(path)
+    loaded, tokenizer, _ = load_model(path)
+    model: Any = loaded
     dtype = torch.bfloat16 if has_native_bfloat16(device) else torch.float32
     if not grids_of(model):
         model = model.to(device, dtype)
@@ -226,7 +225,7 @@ def say_both(chats: list[Chat], names: list[str], text: str) -> Reply:
 
 def read_message() -> str | None:
     """What was typed, lines ended by a backslash joined; None at the end of input."""
-    lines = []
+    lines: list[str] = []
     try:
         while True:
             line = input("... " if lines else "> ")

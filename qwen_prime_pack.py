@@ -115,6 +115,4 @@ def main(config: PackConfig) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(
-        prime_cli.run(PackConfig, main, (ExportError, OutputError, CheckpointError, ModelError, OSError))
-    )
+    raise SystemExit(prime_cli.run(PackConfig, main, (ExportError, OutputError, CheckpointError, ModelError, OSError)))

@@ -126,6 +126,9 @@ def swap_modules(model: PreTrainedModel, manifold: Manifold) -> None:
                 setattr(parent, name, GhostLinearTandem(grid, bias=child.bias is not None))
     if tied and head is not embedding:
         model.get_output_embeddings().grid = model.get_input_embeddings().grid
+    # Tied grids are one shared module; transformers' own tying looks for parameters, which these are not.
+    model._tied_weights_keys = {}
+    model.all_tied_weights_keys = {}
 
 
 def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -144,7 +147,7 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 weights[id(grid)] = nn.Parameter(weight)
             out_features, in_features = grid.shape
             with torch.device("meta"):
-                dense: nn.Embedding | nn.Linear
+                dense: Any
                 if isinstance(child, GhostEmbedding):
                     dense = nn.Embedding(out_features, in_features)
                 else:
@@ -155,6 +158,8 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
             setattr(parent, name, dense)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    model.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _restore_computed_buffers(model: PreTrainedModel) -> None:
