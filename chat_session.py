@@ -4,7 +4,7 @@ The key-value cache is kept between turns. The next prompt is rendered from the 
 token with what the cache was computed from, and the cache is cut back to what they share: usually everything but the
 new message, and never anything that the template would have written differently (Qwen3's drops old thoughts).
 
-When the conversation no longer fits, its oldest exchanges are dropped, never the system prompt; the reply says how many.
+When the conversation no longer fits, its oldest exchanges go, never the system prompt, and the reply says how many.
 A model without a chat template continues text as it stands.
 """
 

@@ -27,10 +27,10 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, kind, error: BaseExcepti
     path = tmp_path / "out"
     with kind(path) as temporary:
         (temporary / "config.json" if kind is new_folder else temporary).write_text("old")
-    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)) as caught:
-        with kind(path, force=True) as temporary:
-            (temporary / "config.json" if kind is new_folder else temporary).write_text("new")
-            raise error
+    wanted = OutputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(wanted) as caught, kind(path, force=True) as temporary:
+        (temporary / "config.json" if kind is new_folder else temporary).write_text("new")
+        raise error
     if isinstance(error, OSError):
         assert "No space left" in str(caught.value) and "nothing was left" in str(caught.value)
     assert (path / "config.json" if kind is new_folder else path).read_text() == "old"
