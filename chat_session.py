@@ -56,6 +56,7 @@ class Sampling:
                 setattr(config, name, value)
         if self.temperature is not None or self.top_p is not None or self.top_k is not None:
             config.do_sample = self.temperature != 0
+        config.do_sample = bool(config.do_sample)
         if not config.do_sample:
             # transformers warns of settings that greedy search does not read.
             config.temperature = config.top_p = config.top_k = None
@@ -205,8 +206,9 @@ class Chat:
             shared += 1
         if self.cache is None or shared == 0:
             self.cache, shared = DynamicCache(config=self.model.config), 0
-        else:
-            self.cache.crop(shared)
+        elif surplus := self.cache.get_seq_length() - shared:
+            # Negative: so many tokens fewer.
+            self.cache.crop(-surplus)
         return shared
 
     @torch.no_grad()
