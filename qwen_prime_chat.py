@@ -236,41 +236,54 @@ def read_message() -> str | None:
         return None
 
 
-def converse(chats: list[Chat], answer: Callable[[str], Reply]) -> int:
-    """Read messages and commands until the end of input or /quit."""
-    with contextlib.suppress(ImportError):
-        # Where it exists, its import gives input() line editing and a history.
-        import readline  # noqa: F401
-    note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+@dataclass
+class Conversation:
+    """What a line that was typed does."""
+
+    chats: list[Chat]
+    answer: Callable[[str], Reply]
     last: Reply | None = None
-    while True:
-        try:
-            text = read_message()
-        except KeyboardInterrupt:
-            note("\n(Ctrl-D or /quit leaves)")
-            continue
-        if text is None:
-            note("")
-            return 0
+
+    def take(self, text: str) -> bool:
+        """Carry out a command or answer a message; false where it was the last."""
         word, _, rest = text.strip().partition(" ")
         if word in ("/quit", "/exit"):
-            return 0
+            return False
         if word in ("/reset", "/system"):
-            for chat in chats:
+            for chat in self.chats:
                 chat.system = rest.strip() if word == "/system" and rest.strip() else chat.system
                 chat.reset()
             note("[new conversation]")
         elif word == "/stats":
-            note(summary(last) if last else "[no answer yet]")
+            note(summary(self.last) if self.last else "[no answer yet]")
         elif word == "/help":
             note(HELP)
         elif word.startswith("/") and "/" not in word[1:]:
             note(f"no command {word}; /help lists them")
         elif word:
             try:
-                last = answer(text)
+                self.last = self.answer(text)
             except ChatError as error:
                 note(f"error: {error}")
+        return True
+
+
+def converse(conversation: Conversation) -> int:
+    """Read messages and commands until the end of input or /quit; no Ctrl-C leaves."""
+    with contextlib.suppress(ImportError):
+        # Where it exists, its import gives input() line editing and a history.
+        import readline  # noqa: F401
+    note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+    while True:
+        try:
+            text = read_message()
+            if text is None:
+                note("")
+                return 0
+            if not conversation.take(text):
+                return 0
+        except KeyboardInterrupt:
+            note("\n(Ctrl-D or /quit leaves)")
 
 
 def main(config: ChatConfig) -> int:
@@ -296,7 +309,7 @@ def main(config: ChatConfig) -> int:
         return say(chats[0], text) if len(chats) == 1 else say_both(chats, [p.name for p in paths], text)
 
     if prompt is None:
-        return converse(chats, answer)
+        return converse(Conversation(chats, answer))
     return 130 if answer(prompt).end == "interrupted" else 0
 
 
