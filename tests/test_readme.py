@@ -19,6 +19,8 @@ CONFIGS = {
     "verify_qwen_prime": "VerifyConfig",
     "qwen_prime_eval": "EvalConfig",
     "qwen_prime_bench": "BenchConfig",
+    "qwen_prime_pack": "PackConfig",
+    "qwen_prime_chat": "ChatConfig",
 }
 
 
