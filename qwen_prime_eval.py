@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import prime_cli
+import prime_hf  # noqa: F401  its import registers the plug-in for folders of indices
 from prime_checkpoint import CheckpointError
 from qwen_prime_data import DataError, describe, encode_records, evaluation_batches, read_records
 from qwen_prime_wrapper import ModelError, answer_loss, load_model, mean_answer_loss

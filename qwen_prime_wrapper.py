@@ -387,7 +387,7 @@ def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if found["missing_keys"]:
             # transformers only warns, and fills them with random numbers.
             raise ModelError(f"{path} lacks tensors of its model: {sorted(found['missing_keys'])[:3]}")
-        return model.eval(), load_tokenizer(path), "dense"
+        return model.eval(), load_tokenizer(path), "prime" if grids_of(model) else "dense"
     checkpoint = load_checkpoint(path)
     return model_from_checkpoint(checkpoint, copy=False), tokenizer_from_checkpoint(checkpoint), "prime"
 

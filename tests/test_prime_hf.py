@@ -428,3 +428,9 @@ def test_sft_trainer(folders: dict[str, Path], tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0], losses
     assert all(move.flips for move in optimizer.moved.values())
+
+
+def test_the_suite_s_own_loader_opens_the_folder(folders: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    model, tokenizer, kind = load_model(folders["qwen3-untied"])
+    assert kind == "prime" and torch.equal(logits(model), logits(load_model(checkpoints["qwen3-untied"])[0]))
+    assert tokenizer("ab")["input_ids"] == load_model(checkpoints["qwen3-untied"])[1]("ab")["input_ids"]
