@@ -157,10 +157,16 @@ def _add_architecture(writer: Any, source: DenseSource, kind: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
+def _type_of(weight: DenseWeight, kind: str) -> str:
+    """GGUF type of a tensor in a file whose matrices are ``kind``: norms and biases stay exact."""
+    return "F32" if weight.scale is None else kind
+
+
 def _bytes_of(weight: DenseWeight, kind: str) -> np.ndarray:
     """A tensor as GGUF stores it, whole; made from slices."""
     import gguf
 
+    kind = _type_of(weight, kind)
     if kind == "F32":
         parts = [part.numpy() for part in weight.slices()]
     elif kind == "Q8_0":
@@ -210,7 +216,7 @@ def export_gguf(source: DenseSource, output: Path, kind: str, force: bool) -> No
             _add_architecture(writer, source, kind)
             _add_tokenizer(writer, source)
             for weight in source.weights:
-                own = gguf.GGMLQuantizationType["F32" if weight.scale is None else kind]
+                own = gguf.GGMLQuantizationType[_type_of(weight, kind)]
                 name = names.get_name(weight.name, try_suffixes=(".weight", ".bias"))
                 if name is None:
                     raise ExportError(f"{weight.name} has no place in a {architecture} GGUF file")
@@ -221,6 +227,6 @@ def export_gguf(source: DenseSource, output: Path, kind: str, force: bool) -> No
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for weight in source.weights:
-                writer.write_tensor_data(_bytes_of(weight, "F32" if weight.scale is None else kind))
+                writer.write_tensor_data(_bytes_of(weight, kind))
         finally:
             writer.close()

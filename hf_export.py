@@ -26,7 +26,6 @@ SAFETENSORS_NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int16: "I16",
-    torch.int64: "I64",
 }
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
