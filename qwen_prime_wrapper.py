@@ -46,7 +46,9 @@ from ghost_core import (
     name_grids,
 )
 from manifolds import Manifold
+from packed_checkpoint import read_checkpoint
 from prime_checkpoint import CheckpointError, load_checkpoint, one_line
+from prime_pack import is_pack
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -327,7 +329,7 @@ def locate_source(model: str, revision: str | None = None) -> tuple[Path, str | 
 
 
 def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """A PRIME checkpoint file or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for
+    """A PRIME checkpoint, a packed one (told by its content) or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for
     which.
 
     Raises:
@@ -354,8 +356,13 @@ def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             # transformers only warns, and fills them with random numbers.
             raise ModelError(f"{path} lacks tensors of its model: {sorted(found['missing_keys'])[:3]}")
         return model.eval(), load_tokenizer(path), "dense"
-    checkpoint = load_checkpoint(path)
-    return model_from_checkpoint(checkpoint, copy=False), tokenizer_from_checkpoint(checkpoint), "prime"
+    packed = is_pack(path)
+    checkpoint = read_checkpoint(path) if packed else load_checkpoint(path)
+    return (
+        model_from_checkpoint(checkpoint, copy=False),
+        tokenizer_from_checkpoint(checkpoint),
+        "packed" if packed else "prime",
+    )
 
 
 def answer_loss(
