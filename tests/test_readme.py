@@ -19,6 +19,7 @@ CONFIGS = {
     "verify_qwen_prime": "VerifyConfig",
     "qwen_prime_eval": "EvalConfig",
     "qwen_prime_bench": "BenchConfig",
+    "qwen_prime_pack": "PackScriptConfig",
 }
 
 
