@@ -1,9 +1,11 @@
-"""A checkpoint in a packed file: without loss.
+"""A checkpoint in a packed file: without loss, or with its grids as low-bit codes.
 
-Every tensor is a section and comes back bit for bit; two markers stand in the tree beside ``$tensor``:
+Without loss, every tensor is a section and comes back bit for bit; three markers stand in the tree beside ``$tensor``:
 
     {"$manifold": name}     the table of the manifold of that name, built and not stored
     {"$origins": path}      a grid's indices by their bfloat16 origins (below), in sections path:rows, :words and :rest
+    {"$grid": {...}}        both tensors of a grid from ``low_bit`` codes, in sections model/name:codes and :scales; the
+                            tree then lies under ``checkpoint``, beside ``low_bit``, which says how the codes were made
 
 Origins are worth three bits a weight. Most source models are bfloat16, so the indices of a grid that was imported and
 not trained follow from 16-bit floats with 11 bits of entropy, where the indices themselves have 14. For each index
@@ -23,8 +25,10 @@ import torch
 
 import ghost_kernels as kernels
 import manifolds
+from ghost_core import HEADROOM
+from low_bit import LowBitGrid
 from manifolds import Manifold
-from prime_checkpoint import CheckpointError, check_contract, one_line, tensor_sha256, walk_tensors
+from prime_checkpoint import CheckpointError, check_contract, one_line, probe, tensor_sha256, walk_tensors
 from prime_pack import Pack, PackError, PackWriter, Section, carrier, plain, unplain
 
 KIND = "checkpoint"
@@ -133,6 +137,43 @@ def without_votes(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return lean
 
 
+def write_low_bit(
+    checkpoint: dict[str, Any], grids: dict[str, LowBitGrid], path: Path | str, notes: dict[str, Any]
+) -> list[Section]:
+    """Pack a checkpoint with its grids in low-bit codes, without votes; norms, biases and tokenizer without loss.
+
+    Args:
+        grids: by name, one for each grid of the checkpoint.
+        notes: plain values on how the codes were made, kept under ``low_bit`` in the file's content.
+
+    Returns:
+        The sections, for a report of sizes.
+
+    Raises:
+        PackError: the file cannot be written.
+    """
+    lean = without_votes(checkpoint)
+    # The result is a new model: nothing of the source's rows or hashes holds for it.
+    lean |= {"stage": "init", "probes": {}, "train_state": {}, "sha256": {}}
+    floats = {name: tensor for name, tensor in lean["model"].items() if ".grid." not in name}
+    with PackWriter(path, KIND) as writer:
+
+        def place(name: str, tensor: torch.Tensor) -> dict[str, str]:
+            if name == "manifold/values":
+                return {"$manifold": lean["manifold"]["name"]}
+            writer.add(name, tensor)
+            return {"$tensor": name}
+
+        content = plain({**lean, "model": floats}, "", place)
+        for name, grid in grids.items():
+            writer.add(f"model/{name}:codes", grid.codes)
+            writer.add(f"model/{name}:scales", grid.scale_codes)
+            settings = {"name": name, "unit": grid.unit, "table": grid.name, "top": grid.top}
+            content["model"][name] = {"$grid": settings}
+        writer.content = {"checkpoint": content, "low_bit": notes}
+    return writer.sections
+
+
 def built_manifold(record: dict[str, Any]) -> Manifold | None:
     """The manifold of a checkpoint's record, where it is one that this suite builds, else None."""
     if record["name"] in manifolds.NAMES:
@@ -172,6 +213,51 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> list[Secti
     return writer.sections
 
 
+def low_bit_grid(pack: Pack, name: str) -> LowBitGrid:
+    """One low-bit grid of a packed file, read alone.
+
+    Raises:
+        PackError: no such grid, or damaged.
+    """
+    try:
+        settings = _content(pack)["model"][name]["$grid"]
+        codes, scales = pack.tensor(f"model/{name}:codes"), pack.tensor(f"model/{name}:scales")
+        return LowBitGrid(codes, scales, float(settings["unit"]), str(settings["table"]), int(settings["top"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise PackError(f"{pack.path} is damaged: {name} is not a low-bit grid ({one_line(error)})") from error
+
+
+def _content(pack: Pack) -> Any:
+    """The tree of a packed checkpoint."""
+    return pack.content["checkpoint"] if "low_bit" in pack.content else pack.content
+
+
+def _grid_tensors(pack: Pack, name: str, manifold: Manifold) -> dict[str, torch.Tensor]:
+    """Indices and scales of a low-bit grid: its weights, snapped as an import snaps them."""
+    weights = low_bit_grid(pack, name).weights()
+    scale = kernels.row_scales(weights, HEADROOM)
+    return {"indices": kernels.snap(weights, scale, manifold)[0], "scale": scale}
+
+
+def _completed(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint whose grids came from low-bit codes, with the names, probes and hashes that go with them."""
+    model, grids = checkpoint["model"], {n: t for n, t in checkpoint["model"].items() if isinstance(t, dict)}
+    table = built_manifold(checkpoint["manifold"])
+    assert table is not None, "the grids were snapped on it"
+    for name, tensors in grids.items():
+        del model[name]
+        model[f"{name}.indices"], model[f"{name}.scale"] = tensors["indices"], tensors["scale"]
+        weights = kernels.dequantize(tensors["indices"], tensors["scale"], table)
+        checkpoint["probes"][f"{name.removesuffix('.grid')}.weight"] = probe(weights)
+    for name, tensor in model.items():
+        if ".grid." not in name:
+            checkpoint["probes"][name] = probe(tensor)
+    checkpoint["sha256"] = {path: tensor_sha256(tensor) for path, tensor in walk_tensors(checkpoint)}
+    return checkpoint
+
+
 def read_tensor(pack: Pack, path: str) -> torch.Tensor:
     """One tensor of a packed checkpoint by its path in the checkpoint (``model/x.grid.indices``), without the others.
 
@@ -179,7 +265,7 @@ def read_tensor(pack: Pack, path: str) -> torch.Tensor:
         PackError: no such tensor, or damaged.
     """
     try:
-        here: Any = pack.content
+        here: Any = _content(pack)
         for key in path.split("/"):
             here = here[int(key) if isinstance(here, list) else key]
     except (KeyError, ValueError, IndexError, TypeError) as error:
@@ -189,7 +275,7 @@ def read_tensor(pack: Pack, path: str) -> torch.Tensor:
 
 def _markers(pack: Pack) -> dict[str, Any]:
     """What stands behind the markers of a packed checkpoint."""
-    record = pack.content["manifold"]
+    record = _content(pack)["manifold"]
 
     def manifold(name: str) -> Manifold:
         built = built_manifold({**record, "name": name})
@@ -205,11 +291,12 @@ def _markers(pack: Pack) -> dict[str, Any]:
         "$tensor": pack.tensor,
         "$manifold": lambda name: manifold(name).values.clone(),
         "$origins": origins,
+        "$grid": lambda settings: _grid_tensors(pack, settings["name"], manifold(record["name"])),
     }
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """The checkpoint of a packed file.
+    """The checkpoint of a packed file; of low-bit codes a checkpoint of stage init, whose weights they are.
 
     Raises:
         PackError: damaged, or a packed file of another kind.
@@ -217,7 +304,9 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """
     pack = Pack(path, KIND)
     try:
-        checkpoint = unplain(pack.content, _markers(pack))
+        checkpoint = unplain(_content(pack), _markers(pack))
+        if "low_bit" in pack.content:
+            checkpoint = _completed(checkpoint)
     except CheckpointError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError, RuntimeError) as error:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,11 @@ def write_patch(
             writer.add(f"{side}/{name}", tensor)
             return {"$tensor": f"{side}/{name}"}
 
-        writer.content = {
-            side: {
-                "weights": weights_digest(checkpoint),
-                "file": file,
-                "tree": plain(checkpoint, "", lambda name, tensor, side=side: place(side, name, tensor)),
-            }
-            for side, checkpoint, file in (("base", base, files[0]), ("new", new, files[1]))
-        }
+        content = {}
+        for side, checkpoint, file in (("base", base, files[0]), ("new", new, files[1])):
+            tree = plain(checkpoint, "", partial(place, side))
+            content[side] = {"weights": weights_digest(checkpoint), "file": file, "tree": tree}
+        writer.content = content
     return writer.sections
 
 

@@ -329,8 +329,8 @@ def locate_source(model: str, revision: str | None = None) -> tuple[Path, str | 
 
 
 def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """A PRIME checkpoint, a packed one (told by its content) or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for
-    which.
+    """A PRIME checkpoint, a packed one (told by its content) or a Hugging Face folder alike, float32, eval mode, with
+    its tokenizer and a word for which.
 
     Raises:
         CheckpointError, ModelError: with what is wrong.
