@@ -39,6 +39,7 @@ import pickle
 import platform
 import re
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -154,7 +155,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
     try:
         handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
+            torch.save(_canonical(checkpoint), file)
         digest = _seal(Path(temporary_name))
         os.chmod(temporary_name, 0o644)
         os.replace(temporary_name, path)
@@ -166,6 +167,16 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
         if temporary_name and os.path.exists(temporary_name):
             os.unlink(temporary_name)
     return digest
+
+
+def _canonical(tree: Any) -> Any:
+    """The same tree with one object for equal strings: pickle refers back to objects, not to equal ones, and a
+    checkpoint's bytes should depend on its content alone, so that what is packed and unpacked is the same file."""
+    if type(tree) is dict:
+        return {_canonical(key): _canonical(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_canonical(value) for value in tree)
+    return sys.intern(tree) if type(tree) is str else tree
 
 
 def _seal(path: Path) -> str:
@@ -248,7 +259,7 @@ def recorded_hash(path: Path | str) -> str:
     if found is None:
         raise CheckpointError(
             f"{path} does not end with the hash of a PRIME checkpoint: truncated, changed, or written by another "
-            "program; expected a file from qwen_prime_importer.py or qwen_prime_train.py"
+            "program; expected a file from qwen_prime_importer.py or qwen_prime_train.py (of a packed one: unpack it)"
         )
     return found.group(1).decode()
 

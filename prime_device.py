@@ -92,6 +92,22 @@ def memory_total(device: str) -> int:
     return total
 
 
+def memory_available(device: str) -> int:
+    """Bytes that a new allocation may take without pushing anything out: of the device, or of the machine for the CPU
+    (by the kernel's own estimate, where there is one, and within a container's limit)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = memory_total(device)
+    table = Path("/proc/meminfo")
+    if table.is_file():
+        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
+        available = min(available, int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if used.is_file() and limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available
+
+
 def memory_peak(device: str) -> int:
     """Peak bytes on the device, or peak resident memory of the process on the CPU."""
     if torch.device(device).type == "cuda":

@@ -33,14 +33,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import core_eval
 import prime_cli
+import prime_hf  # noqa: F401  its import registers the plug-in for folders of indices
 from answer_masks import describe, encode_records
 from code_eval import complete, judge, read_completions, read_problems
 from code_sandbox import Limits, SandboxError
 from packed_batches import evaluation_batches
-from prime_checkpoint import CheckpointError, check_file
+from packed_checkpoint import sha256_of_file
+from prime_checkpoint import CheckpointError
 from qwen_prime_wrapper import ModelError, load_model, mean_answer_loss
 from text_records import DataError, read_records
-from token_files import write_whole
+from whole_output import write_whole
 
 log = logging.getLogger("eval")
 
@@ -112,9 +114,9 @@ class EvalConfig:
 
 
 def sha256_of_model(path: Path) -> str:
-    """What tells a model's weights apart: a checkpoint's closing hash, or one over a folder's weight files."""
+    """What tells a model's weights apart: a checkpoint's recorded hash, or one over a folder's weight files."""
     if path.is_file():
-        return check_file(path)
+        return sha256_of_file(path)
     digest = hashlib.sha256()
     for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
         digest.update(f"{file.name}\0".encode())

@@ -67,10 +67,10 @@ from qwen_prime_wrapper import (
 )
 from run_folder import RunFolder, run_name
 from text_records import DataError
-from token_files import write_whole
 from training_data import DataSettings, TrainingData, open_data
 from vote_rules import RuleError
 from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, VoteTrainer
+from whole_output import write_whole
 
 log = logging.getLogger("train")
 

@@ -46,7 +46,9 @@ from ghost_core import (
     name_grids,
 )
 from manifolds import Manifold
-from prime_checkpoint import CheckpointError, load_checkpoint, one_line
+from packed_checkpoint import open_checkpoint
+from prime_checkpoint import CheckpointError, one_line
+from prime_pack import is_pack
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -126,6 +128,40 @@ def swap_modules(model: PreTrainedModel, manifold: Manifold) -> None:
                 setattr(parent, name, GhostLinearTandem(grid, bias=child.bias is not None))
     if tied and head is not embedding:
         model.get_output_embeddings().grid = model.get_input_embeddings().grid
+    # Tied grids are one shared module; transformers' own tying looks for parameters, which these are not.
+    model._tied_weights_keys = {}
+    model.all_tied_weights_keys = {}
+
+
+def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The inverse of :func:`swap_modules`: ``model`` (mutated) gets dense linears and embeddings in place of its ghost
+    modules, one at a time, and every parameter in ``dtype``; a tied head stays tied."""
+    weights: dict[int, nn.Parameter] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, GhostEmbedding | GhostLinearTandem):
+                continue
+            grid = child.grid
+            if id(grid) not in weights:
+                weight = torch.empty(grid.shape, dtype=dtype, device=grid.indices.device)
+                for rows in grid.slices():
+                    weight[rows] = grid.dequantize(rows, dtype)
+                weights[id(grid)] = nn.Parameter(weight)
+            out_features, in_features = grid.shape
+            with torch.device("meta"):
+                dense: Any
+                if isinstance(child, GhostEmbedding):
+                    dense = nn.Embedding(out_features, in_features)
+                else:
+                    dense = nn.Linear(in_features, out_features, bias=child.bias is not None)
+                    dense.bias = child.bias
+            dense.weight = weights[id(grid)]
+            dense.train(child.training)
+            setattr(parent, name, dense)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _restore_computed_buffers(model: PreTrainedModel) -> None:
@@ -314,7 +350,7 @@ def find_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
         CheckpointError, ModelError: with what is wrong.
     """
     if Path(model).is_file():
-        return tokenizer_from_checkpoint(load_checkpoint(model))
+        return tokenizer_from_checkpoint(open_checkpoint(model))
     return load_tokenizer(locate_source(str(model), files=_HUB_FILES[1:])[0])
 
 
@@ -340,8 +376,8 @@ def locate_source(
 
 
 def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """A PRIME checkpoint file or a Hugging Face folder alike, float32, eval mode, with its tokenizer and a word for
-    which.
+    """A PRIME checkpoint, a packed one (told by its content) or a Hugging Face folder alike, float32, eval mode, with
+    its tokenizer and a word for which.
 
     Raises:
         CheckpointError, ModelError: with what is wrong.
@@ -366,9 +402,10 @@ def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if found["missing_keys"]:
             # transformers only warns, and fills them with random numbers.
             raise ModelError(f"{path} lacks tensors of its model: {sorted(found['missing_keys'])[:3]}")
-        return model.eval(), load_tokenizer(path), "dense"
-    checkpoint = load_checkpoint(path)
-    return model_from_checkpoint(checkpoint, copy=False), tokenizer_from_checkpoint(checkpoint), "prime"
+        return model.eval(), load_tokenizer(path), "prime" if grids_of(model) else "dense"
+    checkpoint = open_checkpoint(path)
+    kind = "packed" if is_pack(path) else "prime"
+    return model_from_checkpoint(checkpoint, copy=False), tokenizer_from_checkpoint(checkpoint), kind
 
 
 def answer_loss(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.numpy import save
 
 from answer_masks import EncodedSet
 from text_records import DataError
+from whole_output import write_whole
 
 FORMAT = "qwen-prime-tokens"
 VERSION = 1
@@ -38,20 +38,6 @@ def write_tokens(path: Path, encoded: EncodedSet, about: Mapping[str, Any] | Non
     data = save(columns, metadata={"about": text})
     write_whole(path, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that ``path`` is either all of it or what it was before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def read_tokens(path: Path, sha256: str | None = None) -> tuple[EncodedSet, dict[str, Any]]:

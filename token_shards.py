@@ -21,7 +21,8 @@ from answer_masks import ENCODING, EncodedSet, tokenizer_fingerprint
 from packed_batches import order_of, recut
 from record_streams import RowStream, StreamBlocks
 from text_records import DataError, drawn
-from token_files import FORMAT, VERSION, read_tokens, write_tokens, write_whole
+from token_files import FORMAT, VERSION, read_tokens, write_tokens
+from whole_output import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

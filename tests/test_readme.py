@@ -20,6 +20,8 @@ CONFIGS = {
     "qwen_prime_eval": "EvalConfig",
     "qwen_prime_data": "DataConfig",
     "qwen_prime_bench": "BenchConfig",
+    "qwen_prime_pack": "PackScriptConfig",
+    "qwen_prime_chat": "ChatConfig",
 }
 
 

@@ -1,0 +1,92 @@
+"""Healing by votes: the trainer on a packed grid.
+
+Rounding moves a model off its optimum in thousands of small ways that error compensation cannot see. Healing trains it
+back at the resolution that it will be stored in. A ``PackedGrid`` is a grid whose forward and backward passes see the
+rounded weights, while votes move the 16-bit indices behind them (straight-through estimation, arXiv 1308.3432): a
+weight that is pushed far enough crosses to the next code, one that is pushed to and fro stays. Tables, steps and scales
+do not change, so the file grows by no more than what its codes' entropy does; nothing is float but norms and biases,
+which learn as in any training by votes.
+
+It is training, on the text that it is given: what it learns of that text comes on top of what it mends. A fair
+comparison gives the unpacked model the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+import low_bit
+from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of
+from low_bit import LowBitGrid
+from packed_batches import PackedBatches
+from vote_trainer import Recipe, VoteTrainer
+
+
+class PackedGrid(GhostGrid):
+    """A grid that computes with its rounded weights and votes on the indices behind them."""
+
+    def __init__(self, grid: GhostGrid, packed: LowBitGrid) -> None:
+        super().__init__(*grid.shape, grid.manifold, grid.ballot)
+        self.name, self.uses = grid.name, grid.uses
+        self.packed = packed
+        self.import_weights(packed.weights())
+
+    def _round(self, weights: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+        packed = self.packed
+        steps = low_bit.steps_of(packed.scale_codes[rows], packed.unit, self.shape[1])
+        codes = low_bit.nearest(weights, steps, packed.name, packed.top)
+        return low_bit.table(packed.name, packed.top)[codes.int() + packed.top] * steps
+
+    def dequantize(self, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rounded weights of a range of rows, ``(rows, in)``."""
+        return self._round(super().dequantize(rows), rows).to(dtype)
+
+    def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rounded weights of chosen rows: int64 ``(n,)`` to float32 ``(n, in)``."""
+        return self._round(super().dequantize_rows(rows), rows)
+
+    def rounded(self) -> LowBitGrid:
+        """What it computes with, in codes."""
+        packed = self.packed
+        weights = super().dequantize()
+        steps = low_bit.steps_of(packed.scale_codes, packed.unit, self.shape[1])
+        codes = low_bit.nearest(weights, steps, packed.name, packed.top)
+        return LowBitGrid(codes, packed.scale_codes, packed.unit, packed.name, packed.top)
+
+
+def put_on_packed_grids(model: PreTrainedModel, packed: dict[str, LowBitGrid]) -> None:
+    """Replace every grid of ``model`` (mutated) by its :class:`PackedGrid`; a tied head keeps sharing one."""
+    twins: dict[str, PackedGrid] = {}
+    for module in list(model.modules()):
+        if isinstance(module, GhostLinearTandem | GhostEmbedding):
+            name = module.grid.name
+            if name not in twins:
+                twins[name] = PackedGrid(module.grid, packed[name])
+            module.grid = twins[name]
+
+
+def heal(
+    model: PreTrainedModel, packed: dict[str, LowBitGrid], batches: PackedBatches, recipe: Recipe
+) -> Iterator[float]:
+    """Train a model by votes on its packed grids; afterwards :func:`rounded_grids` has the codes.
+
+    Args:
+        model: mutated: its grids are packed ones from the first step on, its norms and biases learn as well.
+        packed: the codes to begin from.
+
+    Yields:
+        The loss of each step, nats per answer token.
+    """
+    put_on_packed_grids(model, packed)
+    trainer = VoteTrainer(model, batches, recipe)
+    for _ in range(recipe.steps):
+        yield trainer.step().loss
+    model.eval()
+
+
+def rounded_grids(model: PreTrainedModel) -> dict[str, LowBitGrid]:
+    """The codes of a model on packed grids."""
+    return {name: grid.rounded() for name, grid in grids_of(model).items() if isinstance(grid, PackedGrid)}

@@ -1,0 +1,348 @@
+"""The packed file: a container of entropy-coded tensors and a tree of plain values that says what they are.
+
+Layout, little-endian, nothing padded:
+
+    0       8   magic, ``\\x89PRIME\\r\\n``: a transfer that rewrites line ends shows at once
+    8       4   uint32, version
+    12      ..  sections, back to back: the stored bytes of each tensor
+    ..      ..  header: one zstd frame of JSON (below)
+    -48     8   uint64, length of the header's frame
+    -40     8   uint64, length of the header's JSON
+    -32     32  SHA-256 of every byte before it
+
+The header comes last so that a file of any size is written in one pass, holding one tensor at a time. Its JSON:
+
+    kind        "checkpoint" or "patch"
+    content     a tree of plain values, in which {"$tensor": name} stands for a section, {"$tuple": [...]} for a tuple,
+                {"$pairs": [[key, value], ...]} for a dict whose keys are not all names; other {"$...": ...} are those
+                of the module that wrote the tree
+    sections    [{"name", "dtype", "shape", "codec", "offset", "length", "check"}, ...]: codec is ``planes``
+                (``entropy_coding``) or ``text`` (zstd as it comes, for tensors of bytes such as tokenizer files); check
+                is the 64-bit BLAKE2b of the stored bytes, so that a tensor read alone is checked alone
+
+Nothing is allocated because a header says so: sizes are compared with the file before they are used, and decoded data
+grow as they are decoded. Rejected: safetensors inside a zip, whose header needs all sizes before the first byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+
+from entropy_coding import EntropyError, decode, encode
+from prime_checkpoint import CheckpointError, one_line
+from whole_output import new_file
+
+MAGIC = b"\x89PRIME\r\n"
+VERSION = 1
+_START = len(MAGIC) + 4
+_TAIL = struct.Struct("<QQ32s")
+_HEADER_MAX = 1 << 28
+"""No header of ours is longer than this, in bytes of JSON."""
+_PIECE = 1 << 22
+
+_CARRIERS: dict[torch.dtype, str] = {
+    torch.int8: "i1",
+    torch.uint8: "u1",
+    torch.int16: "i2",
+    torch.uint16: "u2",
+    torch.int32: "i4",
+    torch.int64: "i8",
+    torch.float16: "f2",
+    torch.bfloat16: "i2",
+    torch.float32: "f4",
+    torch.float64: "f8",
+    torch.bool: "?",
+}
+"""The numpy type that carries a tensor's bits."""
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CARRIERS}
+
+
+class PackError(CheckpointError):
+    """A packed file that cannot be read, is damaged, or is of another kind."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where a tensor's bytes lie and how they are coded."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    offset: int
+    length: int
+    check: str
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+class PackWriter:
+    """Writes a packed file section by section; ``with`` leaves the whole new file or what was there before.
+
+    Raises:
+        OutputError: the file cannot be written (disk full, no permission).
+    """
+
+    def __init__(self, path: Path | str, kind: str) -> None:
+        self.path = Path(path)
+        self.kind = kind
+        self.sections: list[Section] = []
+        self.content: Any = None
+        self._open = contextlib.ExitStack()
+        self._digest = hashlib.sha256()
+        self._at = 0
+
+    def __enter__(self) -> PackWriter:
+        with contextlib.ExitStack() as opening:
+            temporary = opening.enter_context(new_file(self.path, force=True))
+            self._file = opening.enter_context(open(temporary, "wb"))
+            self._write(MAGIC + struct.pack("<I", VERSION))
+            self._open = opening.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._open.__exit__(kind, error, trace)
+            return
+        with self._open:
+            self._finish()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._at += len(data)
+
+    def add(self, name: str, tensor: torch.Tensor) -> Section:
+        """Write a tensor as a section: by ``text`` where it is bytes, else by ``planes``."""
+        values = carrier(tensor)
+        if tensor.dtype == torch.uint8:
+            codec, data = "text", zstandard.ZstdCompressor(level=12, write_checksum=True).compress(values.tobytes())
+        else:
+            codec, data = "planes", encode(values)
+        check = hashlib.blake2b(data, digest_size=8).hexdigest()
+        kind = str(tensor.dtype).removeprefix("torch.")
+        section = Section(name, kind, tuple(tensor.shape), codec, self._at, len(data), check)
+        self._write(data)
+        self.sections.append(section)
+        return section
+
+    def _finish(self) -> None:
+        header = {"kind": self.kind, "content": self.content, "sections": [asdict(s) for s in self.sections]}
+        text = json.dumps(header, allow_nan=True, separators=(",", ":")).encode()
+        frame = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(text)
+        self._write(frame)
+        self._write(struct.pack("<QQ", len(frame), len(text)))
+        self._file.write(self._digest.digest())
+        self._file.flush()
+
+
+def carrier(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's elements in row-major order as a flat numpy array of a type with the same bits."""
+    if tensor.dtype not in _CARRIERS:
+        raise PackError(f"a tensor of type {tensor.dtype} cannot be packed, expected one of {', '.join(_DTYPES)}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return (flat.view(torch.int16) if tensor.dtype == torch.bfloat16 else flat).numpy()
+
+
+def plain(tree: Any, prefix: str, place: Callable[[str, torch.Tensor], Any]) -> Any:
+    """A tree of plain values and tensors as JSON can hold it; ``place`` says what stands for the tensor of a path."""
+    if isinstance(tree, torch.Tensor):
+        return place(prefix, tree)
+    if isinstance(tree, dict):
+        items = [(key, plain(value, f"{prefix}/{key}" if prefix else str(key), place)) for key, value in tree.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key in tree):
+            return dict(items)
+        return {"$pairs": [[key, value] for key, value in items]}
+    if isinstance(tree, list | tuple):
+        values = [plain(value, f"{prefix}/{number}", place) for number, value in enumerate(tree)]
+        return {"$tuple": values} if isinstance(tree, tuple) else values
+    return tree
+
+
+def unplain(tree: Any, markers: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """The inverse of :func:`plain`; ``markers`` gives what a ``{"$...": value}`` stands for."""
+    if isinstance(tree, list):
+        return [unplain(value, markers) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if len(tree) == 1:
+        ((key, value),) = tree.items()
+        if key == "$tuple":
+            return tuple(unplain(item, markers) for item in value)
+        if key == "$pairs":
+            return {name: unplain(item, markers) for name, item in value}
+        if key in markers:
+            return markers[key](value)
+    return {key: unplain(value, markers) for key, value in tree.items()}
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def is_pack(path: Path | str) -> bool:
+    """Whether a file begins as a packed file does, whatever its name; False where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+class Pack:
+    """A packed file, mapped; tensors are decoded when they are asked for.
+
+    Attributes:
+        kind, content, sections: as the module docstring describes the header.
+        sha256: the file's.
+
+    Raises:
+        PackError: not a packed file, damaged, or of a kind that is not ``kind``.
+    """
+
+    def __init__(self, path: Path | str, kind: str | None = None, *, check_hash: bool = True) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                if size < _START + _TAIL.size:
+                    raise PackError(f"{path} has {size} bytes: empty or truncated; pack or copy it again")
+                self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise PackError(f"cannot read {path}: {error.strerror or error}") from error
+        if self._view[: len(MAGIC)] != MAGIC:
+            raise PackError(f"{path} is not a packed file: expected one from qwen_prime_pack.py pack or diff")
+        (version,) = struct.unpack_from("<I", self._view, len(MAGIC))
+        if version != VERSION:
+            raise PackError(f"{path} has version {version}, expected {VERSION}: use the suite that wrote it")
+        length, text, recorded = _TAIL.unpack_from(self._view, size - _TAIL.size)
+        self.sha256 = recorded.hex()
+        if check_hash and (found := self._hash(size - 32)) != self.sha256:
+            raise PackError(
+                f"{path} is damaged: its bytes hash to {found[:16]}..., recorded is {self.sha256[:16]}...; "
+                "copy or pack it again"
+            )
+        end = size - _TAIL.size - length
+        if end < _START or text > _HEADER_MAX:
+            raise PackError(f"{path} is damaged: its header of {length} bytes does not fit into it")
+        header = self._header(self._view[end : end + length], text)
+        try:
+            self.kind, self.content = header["kind"], header["content"]
+            self.sections = {s.name: s for s in (_section(raw, end) for raw in header["sections"])}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PackError(f"{path} is damaged: its header is not understood ({one_line(error)})") from error
+        if kind is not None and self.kind != kind:
+            raise PackError(f"{path} is a packed {self.kind}, expected a packed {kind}")
+
+    def _hash(self, length: int) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, length, _PIECE):
+            digest.update(self._view[start : min(start + _PIECE, length)])
+        return digest.hexdigest()
+
+    def _header(self, frame: memoryview, length: int) -> Any:
+        try:
+            return json.loads(_inflate(frame, length))
+        except (ValueError, RecursionError) as error:
+            raise PackError(f"{self.path} is damaged: its header cannot be read ({one_line(error)})") from error
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, decoded; only its own bytes are read and checked.
+
+        Raises:
+            PackError: no such tensor, or its bytes are not what its section says.
+        """
+        if name not in self.sections:
+            raise PackError(f"{self.path} has no tensor {name!r}")
+        section = self.sections[name]
+        data = self._view[section.offset : section.offset + section.length]
+        if hashlib.blake2b(data, digest_size=8).hexdigest() != section.check:
+            raise PackError(f"{self.path} is damaged: the bytes of {name} changed; copy or pack it again")
+        try:
+            return _DECODERS[section.codec](section, data)
+        except EntropyError as error:
+            raise PackError(f"{self.path} is damaged: {name}: {one_line(error)}") from error
+        except MemoryError as error:
+            raise PackError(f"{self.path}: {name} does not fit into memory") from error
+
+
+def _section(raw: Any, end: int) -> Section:
+    """A header's section, every claim compared with the file.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not one.
+    """
+    section = Section(
+        name=str(raw["name"]),
+        dtype=str(raw["dtype"]),
+        shape=tuple(raw["shape"]),
+        codec=str(raw["codec"]),
+        offset=raw["offset"],
+        length=raw["length"],
+        check=str(raw["check"]),
+    )
+    numbers = [*section.shape, section.offset, section.length]
+    if any(type(n) is not int or n < 0 for n in numbers) or section.count > 1 << 48:
+        raise ValueError(f"{section.name} has impossible sizes")
+    if section.dtype not in _DTYPES or section.codec not in _DECODERS:
+        raise ValueError(f"{section.name} has type {section.dtype} and codec {section.codec}")
+    if section.offset < _START or section.offset + section.length > end:
+        raise ValueError(f"{section.name} lies outside of the file")
+    return section
+
+
+def _inflate(frame: memoryview, length: int) -> bytes:
+    """A zstd frame of text that must come to ``length`` bytes, never more than that in memory.
+
+    Raises:
+        EntropyError: it does not.
+    """
+    out = bytearray()
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(frame) as reader:
+            while len(out) <= length and (piece := reader.read(min(_PIECE, length + 1 - len(out)))):
+                out += piece
+    except zstandard.ZstdError as error:
+        raise EntropyError(one_line(error)) from error
+    if len(out) != length:
+        raise EntropyError(f"a text is not of the {length} bytes that it is said to have")
+    return bytes(out)
+
+
+def _shaped(values: np.ndarray, section: Section) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    dtype = _DTYPES[section.dtype]
+    return (tensor.view(dtype) if tensor.dtype != dtype else tensor).reshape(section.shape)
+
+
+def _decode_planes(section: Section, data: memoryview) -> torch.Tensor:
+    return _shaped(decode(data, _CARRIERS[_DTYPES[section.dtype]], section.count), section)
+
+
+def _decode_text(section: Section, data: memoryview) -> torch.Tensor:
+    return _shaped(np.frombuffer(bytearray(_inflate(data, section.count)), dtype=np.uint8), section)
+
+
+_DECODERS: dict[str, Callable[[Section, memoryview], torch.Tensor]] = {
+    "planes": _decode_planes,
+    "text": _decode_text,
+}

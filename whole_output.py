@@ -1,0 +1,114 @@
+"""Files and folders that are there whole or not at all.
+
+A writer works on a temporary neighbour; it is flushed to the disk and renamed when everything is written, and removed
+on any error, so that a full disk or Ctrl-C leaves behind what was there before. A folder that replaces another first
+moves it aside and deletes it last: renames cannot replace a folder that has content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class OutputError(OSError):
+    """An output that exists already, or cannot be written."""
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise unless ``path`` may be written.
+
+    Raises:
+        OutputError: it exists and ``force`` is off, or its parent folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is no folder: cannot write {path.name} there")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists: choose another --output, or --force to replace it")
+
+
+@contextlib.contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; it becomes ``path`` if the block ends well.
+
+    Raises:
+        OutputError: see :func:`refuse_existing`; ``path`` is a folder; or the block met an OSError (disk full).
+    """
+    refuse_existing(path, force)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, expected a file name")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file, replacing what was there.
+
+    Raises:
+        OutputError: see :func:`new_file`.
+    """
+    with new_file(path, force=True) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``path`` to fill; it becomes ``path`` if the block ends well.
+
+    Raises:
+        OutputError: see :func:`refuse_existing`; ``path`` is a file, or a folder that does not look like a model's
+        (only those are ever deleted); or the block met an OSError (disk full).
+    """
+    refuse_existing(path, force)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file, expected a folder name")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise OutputError(f"{path} has files but no config.json: --force replaces model folders only")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    aside: Path | None = None
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        temporary.chmod(0o755)
+        if path.is_dir():
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, aside)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        if aside is not None and not path.exists():
+            os.replace(aside, path)
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}; nothing was left behind")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
