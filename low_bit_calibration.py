@@ -2,12 +2,13 @@
 
 **What an error costs.** With y = W x, an error E of W raises the loss by about ½ Σ_r g_r · E_r H E_rᵀ, where
 H = E[x xᵀ] and g_r = E[(dL/dy_r)²] come from a calibration text (the Kronecker form of the Fisher matrix, arXiv
-1503.05671). A tied head adds what its rows cost as embeddings.
+1503.05671). Of a tied grid a row's error costs as part of the head by H and as an embedding in every direction alike;
+both are joined in the mean over rows, or compensation would hide the head's errors where embeddings suffer from them.
 
 **How fine.** Codes are entropy-coded, so a weight of twice the step saves a bit wherever it is. The bits are spent best
 where every weight's expected cost is the same (reverse water-filling): step² · g_r · d = constant over the whole
-model, d being the mean conditional variance that H leaves a column (Cholesky). One constant then sets the size of the
-file, rows and layers that matter more are finer by themselves, and ``bits`` may be any number.
+model, d being the conditional variance that H leaves a column (Cholesky). One constant then sets the size of the
+file, rows, columns and layers that matter more are finer by themselves, and ``bits`` may be any number.
 
 **Rounding.** Column by column, each column's error carried into the columns that are still open (GPTQ, arXiv
 2210.17323), so that the rounding errors of a row cancel where the text looks.
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import low_bit
-from entropy_coding import encode, zero_order_entropy
+from entropy_coding import encode
 from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of
 from low_bit import LowBitGrid
 from packed_batches import Batch
@@ -38,7 +39,10 @@ DAMPING = 0.01
 ROW_FLOOR = 0.3
 """Added to g_r, as a share of its mean: rows that the text never used still count for something."""
 _BLOCK = 128
+_ROWS = 4096
 _SAMPLE = 1 << 18
+_MARGIN = 1.25
+"""How much farther than a grid's largest weight its table reaches at least: what compensation may add to a weight."""
 
 
 @dataclass
@@ -70,16 +74,14 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Sensi
     Args:
         batches: of one row each, with at least one target.
     """
-    inputs: dict[str, torch.Tensor] = {}
-    rows: dict[str, torch.Tensor] = {}
+    heard: dict[str, _Heard] = {}
     lookups: dict[str, torch.Tensor] = {}
     handles = []
     for module in model.modules():
         if isinstance(module, GhostLinearTandem):
             name, (out, width) = module.grid.name, module.grid.shape
-            inputs[name] = torch.zeros(width, width)
-            rows.setdefault(name, torch.zeros(out, dtype=torch.float64))
-            handles.append(module.register_forward_hook(_linear_hook(name, inputs, rows)))
+            heard[name] = _Heard(torch.zeros(width, width), torch.zeros(out, dtype=torch.float64))
+            handles.append(module.register_forward_hook(_linear_hook(heard[name])))
         elif isinstance(module, GhostEmbedding):
             lookups[module.grid.name] = torch.zeros(module.grid.shape[0], dtype=torch.float64)
             handles.append(module.register_forward_hook(_lookup_hook(module.grid.name, lookups)))
@@ -100,24 +102,39 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Sensi
             handle.remove()
     found = {}
     for name, grid in grids_of(model).items():
-        g = torch.zeros(grid.shape[0], dtype=torch.float64)
-        h = inputs[name] / tokens if name in inputs else None
-        if name in rows:
-            g += rows[name] / tokens
-        if name in lookups:
-            # A lookup's error costs the same in every direction, a linear's in those of H: brought to H's mean.
-            g += lookups[name] / tokens / (float(h.diagonal().mean()) if h is not None else 1.0)
+        linear, lookup = heard.get(name), lookups.get(name)
+        if linear is None:
+            assert lookup is not None, "a grid is of a linear or of an embedding"
+            found[name] = Sensitivity(None, lookup / tokens)
+            continue
+        h, g = linear.inputs / max(1, linear.count), linear.rows / tokens
+        if lookup is not None:
+            mean = h.diagonal().mean()
+            as_head, as_embedding = g * float(mean), lookup / tokens
+            share = float(as_embedding.sum() / (as_head.sum() + as_embedding.sum()).clamp(min=1e-30))
+            h = (1 - share) * h / mean.clamp(min=1e-30) + share * torch.eye(grid.shape[1])
+            g = as_head + as_embedding
         found[name] = Sensitivity(h, g)
     return found
 
 
-def _linear_hook(name: str, inputs: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]):
+@dataclass
+class _Heard:
+    """Sums over the rows that a linear saw: x xᵀ, squared gradients of its outputs, and how many rows."""
+
+    inputs: torch.Tensor
+    rows: torch.Tensor
+    count: int = 0
+
+
+def _linear_hook(heard: _Heard):
     def hear(gradient: torch.Tensor) -> None:
-        rows[name] += gradient.reshape(-1, gradient.shape[-1]).square().sum(0).double()
+        heard.rows += gradient.reshape(-1, gradient.shape[-1]).square().sum(0).double()
 
     def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
-        inputs[name].addmm_(x.T, x)
+        heard.inputs.addmm_(x.T, x)
+        heard.count += len(x)
         output.register_hook(hear)
 
     return hook
@@ -145,13 +162,12 @@ class Plan:
     """How one grid is to be rounded, up to the constant that all grids share.
 
     Attributes:
-        compensation: upper Cholesky factor of the inverse of H, float64 ``(in, in)``, or None.
-        scale_codes, unit: steps of the groups, int8 ``(out, groups)``, at a shared constant of 1.
+        compensation: upper Cholesky factor of the inverse of H, float32 ``(in, in)``, or None.
+        scales: steps at a shared constant of 1.
     """
 
     compensation: torch.Tensor | None
-    scale_codes: torch.Tensor
-    unit: float
+    scales: low_bit.Scales
 
 
 def plan(shape: tuple[int, int], cost: Sensitivity, group: int, name: str) -> Plan:
@@ -162,14 +178,14 @@ def plan(shape: tuple[int, int], cost: Sensitivity, group: int, name: str) -> Pl
     """
     groups = low_bit.check_group(shape[1], group, name)
     g = cost.rows + ROW_FLOOR * cost.rows.mean() + 1e-30
+    rows = g.rsqrt()[:, None].expand(-1, groups)
     if cost.inputs is None:
-        return Plan(None, *low_bit.scale_codes(g.rsqrt()[:, None].expand(-1, groups)))
+        return Plan(None, low_bit.scales_of(rows, torch.ones(shape[1])))
     h = cost.inputs.double()
     h = h + torch.eye(len(h), dtype=torch.float64) * (DAMPING * h.diagonal().mean() + 1e-30)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    # Geometric mean of the conditional variances of a group's columns.
-    spread = (-2 * factor.diagonal().log()).view(groups, -1).mean(1).exp()
-    return Plan(factor, *low_bit.scale_codes((g[:, None] * spread[None]).rsqrt()))
+    # The factor's diagonal is the inverse root of the conditional variances.
+    return Plan(factor.float(), low_bit.scales_of(rows, factor.diagonal()))
 
 
 def round_grid(
@@ -177,39 +193,29 @@ def round_grid(
 ) -> LowBitGrid:
     """Codes of a matrix, float ``(out, in)``, at steps ``constant`` times the plan's, with compensation where the plan
     has one."""
-    unit = float(torch.tensor(how.unit * constant, dtype=torch.float32))
-    columns = weights.shape[1]
-    if how.compensation is None:
-        codes = torch.cat(
-            [
-                low_bit.nearest(w, low_bit.steps_of(s, unit, columns), name, top)
-                for w, s in zip(weights.split(4096), how.scale_codes.split(4096), strict=True)
-            ]
-        )
-        return LowBitGrid(codes, how.scale_codes, unit, name, top)
-    values = low_bit.table(name, top)
-    factor = how.compensation.float()
+    scales = how.scales.times(constant)
     codes = torch.empty(weights.shape, dtype=torch.int16)
-    for start in range(0, len(weights), 1 << 14):
-        rows = slice(start, start + (1 << 14))
-        open_weights = weights[rows].float().clone()
-        steps = low_bit.steps_of(how.scale_codes[rows], unit, columns)
+    columns = weights.shape[1]
+    for start in range(0, len(weights), _ROWS):
+        rows = slice(start, start + _ROWS)
+        steps = scales.steps(rows)
+        if how.compensation is None:
+            codes[rows] = low_bit.nearest(weights[rows], steps, name, top)
+            continue
+        left = weights[rows].float().clone()
         for first in range(0, columns, _BLOCK):
             last = min(first + _BLOCK, columns)
-            errors = torch.empty(len(open_weights), last - first)
-            for j in range(first, last):
-                code = low_bit.nearest(open_weights[:, j], steps[:, j], name, top)
-                codes[rows, j] = code
-                error = (open_weights[:, j] - values[code.int() + top] * steps[:, j]) / factor[j, j]
-                errors[:, j - first] = error
-                open_weights[:, j:last] -= error[:, None] * factor[j, j:last]
-            open_weights[:, last:] -= errors @ factor[first:last, last:]
-    return LowBitGrid(codes, how.scale_codes, unit, name, top)
+            block, right = left[:, : last - first].contiguous(), left[:, last - first :]
+            inside = how.compensation[first:last, first:last]
+            codes[rows, first:last], errors = low_bit.round_columns(block, steps[:, first:last], inside, name, top)
+            left = right - errors @ how.compensation[first:last, last:]
+    return LowBitGrid(codes, scales, name, top)
 
 
 def stored_bytes(grid: LowBitGrid) -> int:
     """What a grid takes in a packed file."""
-    return len(encode(grid.codes.numpy())) + len(encode(grid.scale_codes.numpy()))
+    scales = (grid.scales.rows, grid.scales.columns)
+    return len(encode(grid.stored().numpy())) + sum(len(encode(codes.numpy())) for codes in scales)
 
 
 def quantize(
@@ -228,19 +234,21 @@ def quantize(
     """
     grids = grids_of(model)
     plans = {n: plan(g.shape, costs[n], group, n) for n, g in grids.items()}
-    # Finer than this, weights would be cut off by the table's end.
-    low = max(_finest(grids[n], p, top) for n, p in plans.items())
-    high = low + 32.0
+    # Finer than this, a grid's largest weights would be cut off.
+    finest = {n: _finest(grids[n], p, name, top) for n, p in plans.items()}
+    low, high = math.log2(min(finest.values())), math.log2(max(finest.values())) + 32.0
+    samples = {n: _sample(grids[n], p) for n, p in plans.items()}
     for _ in range(20):
         middle = (low + high) / 2
-        if sum(_estimate(grids[n], p, 2.0**middle, name, top) for n, p in plans.items()) > budget:
+        constants = {n: max(2.0**middle, least) for n, least in finest.items()}
+        if sum(_estimate(*samples[n], constants[n], name, top) for n in plans) > budget:
             low = middle
         else:
             high = middle
     weights = sum(g.indices.numel() for g in grids.values())
     for _ in range(6):
         packed = {
-            n: round_grid(grids[n].dequantize(), p, 2.0**high, name, top)
+            n: round_grid(grids[n].dequantize(), p, max(2.0**high, finest[n]), name, top)
             for n, p in tqdm(plans.items(), desc="round", unit="grid", leave=False, disable=None)
         }
         excess = 8 * (sum(stored_bytes(g) for g in packed.values()) - budget) / weights
@@ -253,19 +261,25 @@ def quantize(
     return packed
 
 
-def _finest(grid: GhostGrid, how: Plan, top: int) -> float:
-    """Binary logarithm of the constant at which a grid's largest weight has the table's last code."""
+def _finest(grid: GhostGrid, how: Plan, name: str, top: int) -> float:
+    """The constant at which a grid's largest weight is as near to the table's end as it may come."""
     largest = 0.0
     for rows in grid.slices():
-        steps = low_bit.steps_of(how.scale_codes[rows], how.unit, grid.shape[1])
-        largest = max(largest, float((grid.dequantize(rows).abs() / steps).max()))
-    return math.log2(max(largest / top, 2.0**-60))
+        largest = max(largest, float((grid.dequantize(rows).abs() / how.scales.steps(rows)).max()))
+    return max(_MARGIN * largest / float(low_bit.table(name, top)[-1]), 2.0**-60)
 
 
-def _estimate(grid: GhostGrid, how: Plan, constant: float, name: str, top: int) -> float:
-    """Bytes of a grid by the entropy of the codes of some of its rows, without compensation."""
+def _sample(grid: GhostGrid, how: Plan) -> tuple[torch.Tensor, low_bit.Scales, float]:
+    """Some rows of a grid, float32 ``(n, in)``, their scales, and how many times as many the grid has."""
     rows, columns = grid.shape
     picked = torch.arange(0, rows, max(1, rows * columns // _SAMPLE))
-    steps = low_bit.steps_of(how.scale_codes[picked], how.unit * constant, columns)
-    codes = low_bit.nearest(grid.dequantize_rows(picked), steps, name, top)
-    return zero_order_entropy(codes.numpy()) * rows * columns / 8 + how.scale_codes.numel() / 2
+    scales = low_bit.Scales(how.scales.rows[picked], how.scales.columns, how.scales.unit)
+    return grid.dequantize_rows(picked), scales, rows / len(picked)
+
+
+def _estimate(
+    weights: torch.Tensor, scales: low_bit.Scales, share: float, constant: float, name: str, top: int
+) -> float:
+    """Bytes of a grid by what those of a :func:`_sample` take, rounded without compensation."""
+    finer = scales.times(constant)
+    return share * stored_bytes(LowBitGrid(low_bit.nearest(weights, finer.steps(), name, top), finer, name, top))

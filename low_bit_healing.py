@@ -34,11 +34,14 @@ class PackedGrid(GhostGrid):
         self.packed = packed
         self.import_weights(packed.weights())
 
-    def _round(self, weights: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    def _codes(self, weights: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         packed = self.packed
-        steps = low_bit.steps_of(packed.scale_codes[rows], packed.unit, self.shape[1])
-        codes = low_bit.nearest(weights, steps, packed.name, packed.top)
-        return low_bit.table(packed.name, packed.top)[codes.int() + packed.top] * steps
+        steps = packed.scales.steps(rows)
+        return low_bit.nearest(weights, steps, packed.name, packed.top), steps
+
+    def _round(self, weights: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+        codes, steps = self._codes(weights, rows)
+        return low_bit.table(self.packed.name, self.packed.top)[codes.int() + self.packed.top] * steps
 
     def dequantize(self, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rounded weights of a range of rows, ``(rows, in)``."""
@@ -50,11 +53,8 @@ class PackedGrid(GhostGrid):
 
     def rounded(self) -> LowBitGrid:
         """What it computes with, in codes."""
-        packed = self.packed
-        weights = super().dequantize()
-        steps = low_bit.steps_of(packed.scale_codes, packed.unit, self.shape[1])
-        codes = low_bit.nearest(weights, steps, packed.name, packed.top)
-        return LowBitGrid(codes, packed.scale_codes, packed.unit, packed.name, packed.top)
+        codes, _ = self._codes(super().dequantize(), slice(None))
+        return LowBitGrid(codes, self.packed.scales, self.packed.name, self.packed.top)
 
 
 def put_on_packed_grids(model: PreTrainedModel, packed: dict[str, LowBitGrid]) -> None:

@@ -4,8 +4,9 @@ Without loss, every tensor is a section and comes back bit for bit; three marker
 
     {"$manifold": name}     the table of the manifold of that name, built and not stored
     {"$origins": path}      a grid's indices by their bfloat16 origins (below), in sections path:rows, :words and :rest
-    {"$grid": {...}}        both tensors of a grid from ``low_bit`` codes, in sections model/name:codes and :scales; the
-                            tree then lies under ``checkpoint``, beside ``low_bit``, which says how the codes were made
+    {"$grid": {...}}        both tensors of a grid from ``low_bit`` codes, in sections model/name:codes, :rows and
+                            :columns; the tree then lies under ``checkpoint``, beside ``low_bit``, which says how the
+                            codes were made
 
 Origins are worth three bits a weight. Most source models are bfloat16, so the indices of a grid that was imported and
 not trained follow from 16-bit floats with 11 bits of entropy, where the indices themselves have 14. For each index
@@ -26,7 +27,7 @@ import torch
 import ghost_kernels as kernels
 import manifolds
 from ghost_core import HEADROOM
-from low_bit import LowBitGrid
+from low_bit import LowBitGrid, Scales
 from manifolds import Manifold
 from prime_checkpoint import (
     CheckpointError,
@@ -175,9 +176,10 @@ def write_low_bit(
 
         content = plain({**lean, "model": floats}, "", place)
         for name, grid in grids.items():
-            writer.add(f"model/{name}:codes", grid.codes)
-            writer.add(f"model/{name}:scales", grid.scale_codes)
-            settings = {"name": name, "unit": grid.unit, "table": grid.name, "top": grid.top}
+            writer.add(f"model/{name}:codes", grid.stored())
+            writer.add(f"model/{name}:rows", grid.scales.rows)
+            writer.add(f"model/{name}:columns", grid.scales.columns)
+            settings = {"name": name, "unit": grid.scales.unit, "table": grid.name, "top": grid.top}
             content["model"][name] = {"$grid": settings}
         writer.content = {"checkpoint": content, "low_bit": notes}
     return writer.sections
@@ -230,8 +232,10 @@ def low_bit_grid(pack: Pack, name: str) -> LowBitGrid:
     """
     try:
         settings = _content(pack)["model"][name]["$grid"]
-        codes, scales = pack.tensor(f"model/{name}:codes"), pack.tensor(f"model/{name}:scales")
-        return LowBitGrid(codes, scales, float(settings["unit"]), str(settings["table"]), int(settings["top"]))
+        rows, columns = pack.tensor(f"model/{name}:rows"), pack.tensor(f"model/{name}:columns")
+        scales = Scales(rows, columns, float(settings["unit"]))
+        codes = pack.tensor(f"model/{name}:codes")
+        return LowBitGrid.restored(codes, scales, str(settings["table"]), int(settings["top"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
