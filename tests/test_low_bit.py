@@ -66,7 +66,7 @@ def test_codes_are_stored_in_an_order_that_the_scales_tell(rows: int, columns: i
     assert stored.shape == (rows * columns,) and stored.dtype == torch.int16
     back = LowBitGrid.restored(stored, grid.scales, grid.name, grid.top)
     assert torch.equal(back.codes, grid.codes)
-    with pytest.raises(LowBitError, match="expected torch.int16"):
+    with pytest.raises(LowBitError, match="codes are"):
         LowBitGrid.restored(torch.cat([stored, stored[:1], torch.zeros(1).short()]), grid.scales, "linear", 40)
 
 

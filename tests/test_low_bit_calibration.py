@@ -135,16 +135,17 @@ def test_rounding_is_elimination(columns: int) -> None:
 
 
 def test_compensation_saves_cost_where_inputs_are_correlated() -> None:
-    weights, h = torch.randn(64, 96), correlated(96)
-    how = calibration.plan((64, 96), Sensitivity(h, torch.ones(64).double()), 0, "x")
+    weights, h = torch.randn(256, 96), correlated(96)
+    how = calibration.plan((256, 96), Sensitivity(h, torch.ones(256).double()), 0, "x")
+    h = h.double() + torch.eye(96) * DAMPING * h.diagonal().double().mean()
 
     def cost(grid: low_bit.LowBitGrid) -> float:
         error = (grid.weights() - weights).double()
-        return float(((error @ h.double()) * error).sum())
+        return float(((error @ h) * error).sum())
 
     plain = calibration.Plan(None, how.scales)
-    ratio = cost(calibration.round_grid(weights, how, 0.5 / how.scales.unit)) / cost(
-        calibration.round_grid(weights, plain, 0.5 / how.scales.unit)
+    ratio = cost(calibration.round_grid(weights, how, 0.1 / how.scales.unit)) / cost(
+        calibration.round_grid(weights, plain, 0.1 / how.scales.unit)
     )
     # Of a column's error only what the others cannot make up for is left: its conditional variance.
     assert how.compensation is not None
