@@ -21,7 +21,7 @@ that learns a new distribution every so often does better where the like stands 
 
 ``TABLES`` keeps two more members of the family for comparison: ``compact``, the curve of the compact manifold, and
 ``prime-harmonic``, the even table with a nucleus of levels 1/p around zero, p the first primes, as the 16-bit manifold
-has one. Both lose against the even table once codes are entropy-coded.
+has one. Once codes are entropy-coded the first is as good as the even table and the second loses to it (README).
 """
 
 from __future__ import annotations

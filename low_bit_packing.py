@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from entropy_coding import encode
 from low_bit import GROUPS, LowBitError, LowBitGrid
 from low_bit_calibration import measure, quantize, without_text
 from low_bit_healing import heal, rounded_grids
 from packed_batches import PackedBatches
+from prime_pack import carrier
 from qwen_prime_wrapper import model_from_checkpoint, tokenizer_from_checkpoint
 from training_data import DataSettings, open_data
 from vote_trainer import Recipe
@@ -26,7 +28,7 @@ class LowBitSettings:
     """How small, on what text, and how long to heal."""
 
     bits: float | None = None
-    """Mean bits a weight in the file, scales, norms and embeddings included: 8, 6, 5, 4, 3 or anything between."""
+    """Mean bits a weight, scales, norms and embeddings included, the tokenizer not: 8, 6, 5, 4, 3 or between."""
     group: int = 0
     """Weights of a row that share a scale: 32, 64, 128, or 0 for the whole row."""
     table: Literal["linear", "compact", "prime-harmonic"] = "linear"
@@ -80,7 +82,7 @@ def low_bit_grids(
     if settings.bits is None:
         raise LowBitError("low-bit grids need bits, got none")
     model = model_from_checkpoint(checkpoint)
-    floats = sum(t.nbytes for n, t in checkpoint["model"].items() if ".grid." not in n)
+    floats = sum(len(encode(carrier(t))) for n, t in checkpoint["model"].items() if ".grid." not in n)
     budget = int(settings.bits * weights_of(checkpoint) / 8) - floats
     notes = {f.name: getattr(settings, f.name) for f in fields(LowBitSettings)}
     notes["data"] = settings.data.name if settings.data else None

@@ -44,9 +44,11 @@ import low_bit_calibration as calibration  # noqa: E402
 import manifolds  # noqa: E402
 from answer_masks import EncodedSet, encode_records  # noqa: E402
 from dense_weights import open_dense  # noqa: E402
+from entropy_coding import encode  # noqa: E402
 from low_bit_healing import heal, put_on_packed_grids, rounded_grids  # noqa: E402
 from packed_batches import PackedBatches, evaluation_batches  # noqa: E402
 from prime_checkpoint import load_checkpoint  # noqa: E402
+from prime_pack import carrier  # noqa: E402
 from prime_quality import sample  # noqa: E402
 from qwen_prime_importer import ImportConfig  # noqa: E402
 from qwen_prime_importer import main as import_model  # noqa: E402
@@ -86,7 +88,7 @@ class Bench:
         learn, scored = texts_of(name)
         self.train = sample(encode_records(learn, tokenizer, SEQ_LEN, progress=False), TRAIN_TOKENS)
         self.held = sample(encode_records(scored, tokenizer, SEQ_LEN, progress=False), SCORED_TOKENS)
-        self.floats = sum(t.nbytes for n, t in self.checkpoint["model"].items() if ".grid." not in n)
+        self.floats = sum(len(encode(carrier(t))) for n, t in self.checkpoint["model"].items() if ".grid." not in n)
         self.weights = sum(t.numel() for n, t in self.checkpoint["model"].items() if not n.endswith(".scale"))
         self.reference: list[torch.Tensor] = []
         self.loss = self.score(self.model(), keep=True)[0]
