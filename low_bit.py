@@ -193,7 +193,7 @@ def round_columns(
     """Round a block of columns one after the other, each column's error carried into those of the block to its right.
 
     Args:
-        weights: float32 ``(rows, block)``, contiguous; mutated.
+        weights: float32 ``(rows, block)``, contiguous; mutated: what each weight was when its turn came.
         steps: float32 of the same shape.
         factor: float32 ``(block, block)``, upper triangular: the block's part of the Cholesky factor of the inverse
             of the inputs' second moments.

@@ -193,23 +193,37 @@ def round_grid(
 ) -> LowBitGrid:
     """Codes of a matrix, float ``(out, in)``, at steps ``constant`` times the plan's, with compensation where the plan
     has one."""
-    scales = how.scales.times(constant)
+    return _round(weights, how, how.scales.times(constant), name, top)[0]
+
+
+def unrounded(grid: GhostGrid, packed: LowBitGrid, cost: Sensitivity) -> torch.Tensor:
+    """What the weights of a grid that :func:`quantize` rounded were when their turn came, the errors of others in
+    them: the codes are the nearest to them. Float32 ``(out, in)``."""
+    groups = packed.scales.rows.shape[1]
+    how = plan(grid.shape, cost, grid.shape[1] // groups if groups > 1 else 0, grid.name)
+    return _round(grid.dequantize(), how, packed.scales, packed.name, packed.top)[1]
+
+
+def _round(
+    weights: torch.Tensor, how: Plan, scales: low_bit.Scales, name: str, top: int
+) -> tuple[LowBitGrid, torch.Tensor]:
     codes = torch.empty(weights.shape, dtype=torch.int16)
+    turned = weights.float().clone()
     columns = weights.shape[1]
     for start in range(0, len(weights), _ROWS):
         rows = slice(start, start + _ROWS)
         steps = scales.steps(rows)
         if how.compensation is None:
-            codes[rows] = low_bit.nearest(weights[rows], steps, name, top)
+            codes[rows] = low_bit.nearest(turned[rows], steps, name, top)
             continue
-        left = weights[rows].float().clone()
         for first in range(0, columns, _BLOCK):
             last = min(first + _BLOCK, columns)
-            block, right = left[:, : last - first].contiguous(), left[:, last - first :]
+            block = turned[rows, first:last].contiguous()
             inside = how.compensation[first:last, first:last]
             codes[rows, first:last], errors = low_bit.round_columns(block, steps[:, first:last], inside, name, top)
-            left = right - errors @ how.compensation[first:last, last:]
-    return LowBitGrid(codes, scales, name, top)
+            turned[rows, first:last] = block
+            turned[rows, last:] -= errors @ how.compensation[first:last, last:]
+    return LowBitGrid(codes, scales, name, top), turned
 
 
 def stored_bytes(grid: LowBitGrid) -> int:

@@ -3,9 +3,10 @@
 Rounding moves a model off its optimum in thousands of small ways that error compensation cannot see. Healing trains it
 back at the resolution that it will be stored in. A ``PackedGrid`` is a grid whose forward and backward passes see the
 rounded weights, while votes move the 16-bit indices behind them (straight-through estimation, arXiv 1308.3432): a
-weight that is pushed far enough crosses to the next code, one that is pushed to and fro stays. Tables, steps and scales
-do not change, so the file grows by no more than what its codes' entropy does; nothing is float but norms and biases,
-which learn as in any training by votes.
+weight that is pushed far enough crosses to the next code, one that is pushed to and fro stays. The indices begin where
+the weights were before they were rounded, the errors of others in them: next to the border of two codes a nudge
+decides, and most of healing is done there. Tables, steps and scales do not change, so the file grows by no more than
+what its codes' entropy does; nothing is float but norms and biases, which learn as in any training by votes.
 
 It is training, on the text that it is given: what it learns of that text comes on top of what it mends. A fair
 comparison gives the unpacked model the same steps.
@@ -13,7 +14,7 @@ comparison gives the unpacked model the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -26,13 +27,19 @@ from vote_trainer import Recipe, VoteTrainer
 
 
 class PackedGrid(GhostGrid):
-    """A grid that computes with its rounded weights and votes on the indices behind them."""
+    """A grid that computes with its rounded weights and votes on the indices behind them.
 
-    def __init__(self, grid: GhostGrid, packed: LowBitGrid) -> None:
+    Args:
+        grid: the one whose place it takes.
+        packed: the codes.
+        start: float32 ``(out, in)``, weights whose nearest codes these are; by default the codes' own.
+    """
+
+    def __init__(self, grid: GhostGrid, packed: LowBitGrid, start: torch.Tensor | None = None) -> None:
         super().__init__(*grid.shape, grid.manifold, grid.ballot)
         self.name, self.uses = grid.name, grid.uses
         self.packed = packed
-        self.import_weights(packed.weights())
+        self.import_weights(packed.weights() if start is None else start)
 
     def _codes(self, weights: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         packed = self.packed
@@ -57,30 +64,34 @@ class PackedGrid(GhostGrid):
         return LowBitGrid(codes, self.packed.scales, self.packed.name, self.packed.top)
 
 
-def put_on_packed_grids(model: PreTrainedModel, packed: dict[str, LowBitGrid]) -> None:
-    """Replace every grid of ``model`` (mutated) by its :class:`PackedGrid`; a tied head keeps sharing one."""
+def put_on_packed_grids(
+    model: PreTrainedModel,
+    packed: dict[str, LowBitGrid],
+    start: Callable[[GhostGrid, LowBitGrid], torch.Tensor] | None = None,
+) -> None:
+    """Replace every grid of ``model`` (mutated) by its :class:`PackedGrid`; a tied head keeps sharing one.
+
+    Args:
+        start: from a grid and its codes to where its indices begin; one grid at a time.
+    """
     twins: dict[str, PackedGrid] = {}
     for module in list(model.modules()):
         if isinstance(module, GhostLinearTandem | GhostEmbedding):
-            name = module.grid.name
+            grid, name = module.grid, module.grid.name
             if name not in twins:
-                twins[name] = PackedGrid(module.grid, packed[name])
+                twins[name] = PackedGrid(grid, packed[name], start(grid, packed[name]) if start else None)
             module.grid = twins[name]
 
 
-def heal(
-    model: PreTrainedModel, packed: dict[str, LowBitGrid], batches: PackedBatches, recipe: Recipe
-) -> Iterator[float]:
-    """Train a model by votes on its packed grids; afterwards :func:`rounded_grids` has the codes.
+def heal(model: PreTrainedModel, batches: PackedBatches, recipe: Recipe) -> Iterator[float]:
+    """Train a model on packed grids by votes; afterwards :func:`rounded_grids` has the codes.
 
     Args:
-        model: mutated: its grids are packed ones from the first step on, its norms and biases learn as well.
-        packed: the codes to begin from.
+        model: see :func:`put_on_packed_grids`; mutated, its norms and biases learn as well.
 
     Yields:
         The loss of each step, nats per answer token.
     """
-    put_on_packed_grids(model, packed)
     trainer = VoteTrainer(model, batches, recipe)
     for _ in range(recipe.steps):
         yield trainer.step().loss

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from entropy_coding import encode
 from low_bit import GROUPS, LowBitError, LowBitGrid
-from low_bit_calibration import measure, quantize, without_text
-from low_bit_healing import heal, rounded_grids
+from low_bit_calibration import measure, quantize, unrounded, without_text
+from low_bit_healing import heal, put_on_packed_grids, rounded_grids
 from packed_batches import PackedBatches
 from prime_pack import carrier
 from qwen_prime_wrapper import model_from_checkpoint, tokenizer_from_checkpoint
@@ -99,7 +99,8 @@ def low_bit_grids(
         return PackedBatches(data.blocks, seq_len=seq_len, batch_size=1, pad_id=pad, seed=seed)
 
     rows = islice((b for b in batches(settings.seed) if b.answer_tokens), -(-settings.calibration_tokens // seq_len))
-    grids = quantize(model, measure(model, rows), budget, group=settings.group, name=settings.table)
+    costs = measure(model, rows)
+    grids = quantize(model, costs, budget, group=settings.group, name=settings.table)
     if not settings.heal:
         return grids, checkpoint, notes
     recipe = Recipe(
@@ -110,7 +111,8 @@ def low_bit_grids(
         gradient_checkpointing=False,
         seed=settings.seed,
     )
-    steps = heal(model, grids, batches(settings.seed + 1), recipe)
+    put_on_packed_grids(model, grids, lambda grid, packed: unrounded(grid, packed, costs[grid.name]))
+    steps = heal(model, batches(settings.seed + 1), recipe)
     losses = list(tqdm(steps, total=settings.heal, desc="heal", unit="step", disable=None))
     log.info("healed by votes: loss %.4f at the first step, %.4f at the last", losses[0], losses[-1])
     learned = {name: p.detach() for name, p in model.named_parameters()}

@@ -200,7 +200,10 @@ def healed(bench: Bench, size: int) -> tuple[int, PreTrainedModel]:
     while True:
         _, _, grids = ours(bench, room)
         model = bench.model()
-        for _ in heal(model, grids, bench.batches(bench.train, 1), recipe()):
+        put_on_packed_grids(
+            model, grids, lambda grid, packed: calibration.unrounded(grid, packed, bench.costs[grid.name])
+        )
+        for _ in heal(model, bench.batches(bench.train, 1), recipe()):
             pass
         grids = rounded_grids(model)
         stored = bench.floats + sum(calibration.stored_bytes(g) for g in grids.values())
