@@ -2,6 +2,7 @@
 
     python qwen_prime_pack.py pack coder_prime_init.pt --output coder.prime
     python qwen_prime_pack.py pack coder_prime_init.pt --output coder4.prime --bits 4 --data records.jsonl --heal 200
+    python qwen_prime_pack.py inspect coder4.prime
     python qwen_prime_pack.py unpack coder.prime --output coder.pt
     python qwen_prime_pack.py diff coder_prime_init.pt coder_prime_step_300.pt --output tune.patch
     python qwen_prime_pack.py patch coder_prime_init.pt tune.patch --output tuned.pt
@@ -37,6 +38,7 @@ from low_bit import LowBitError
 from low_bit_packing import LowBitSettings, low_bit_grids, weights_of
 from packed_checkpoint import read_checkpoint, without_votes, write_checkpoint, write_low_bit
 from prime_checkpoint import CheckpointError, check_file, load_checkpoint, save_checkpoint
+from prime_pack import Pack, measure_section, summarize
 from prime_patch import adapter_bytes, apply_patch, write_patch
 from qwen_prime_wrapper import ModelError
 from text_records import DataError
@@ -63,6 +65,16 @@ class PackConfig(LowBitSettings):
     """Also write the sizes as JSON."""
     force: bool = False
     """Replace the output file if it exists."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Read a packed file or a patch whole and say what is in it, how well it is coded, and how fast it decodes."""
+
+    packed: prime_cli.PositionalPath
+    """Packed file or patch."""
+    json: Path | None = None
+    """Also write a line for each tensor as JSON."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,7 @@ class SizesConfig:
 
 PackScriptConfig = (
     Annotated[PackConfig, tyro.conf.subcommand("pack")]
+    | Annotated[InspectConfig, tyro.conf.subcommand("inspect")]
     | Annotated[UnpackConfig, tyro.conf.subcommand("unpack")]
     | Annotated[DiffConfig, tyro.conf.subcommand("diff")]
     | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
@@ -188,6 +201,26 @@ def pack(config: PackConfig) -> int:
         "bits per weight, file": round(8 * size / weights, 4),
     }
     _report(lines, config.json)
+    return 0
+
+
+def inspect(config: InspectConfig) -> int:
+    """Decode and encode every tensor again, and print the largest and the totals."""
+    packed = Pack(config.packed)
+    measured = [measure_section(packed, name) for name in packed.sections]
+    largest = sorted(measured, key=lambda line: -line["bytes"])[:12]
+    print(f"{'tensor':52} {'elements':>12} {'bytes':>12} {'bits':>8} {'entropy':>8}")
+    for line in largest:
+        print(
+            f"{line['name'][-52:]:52} {line['elements']:12,} {line['bytes']:12,} {line['bits']:8.4f} "
+            f"{line['entropy']:8.4f}"
+        )
+    totals = summarize(measured)
+    for name, value in totals.items():
+        print(f"{name:52} {value}")
+    if config.json is not None:
+        report = {"kind": packed.kind, "sha256": packed.sha256, "totals": totals, "tensors": measured}
+        write_whole(config.json, (json.dumps(report, indent=2) + "\n").encode())
     return 0
 
 
@@ -276,6 +309,8 @@ def main(config: PackScriptConfig) -> int:
     match config:
         case PackConfig():
             return pack(config)
+        case InspectConfig():
+            return inspect(config)
         case UnpackConfig():
             return unpack(config)
         case DiffConfig():

@@ -13,7 +13,9 @@ import prime_cli
 import qwen_prime_eval
 import qwen_prime_pack as script
 import verify_qwen_prime
+from entropy_coding import zero_order_entropy
 from prime_checkpoint import CheckpointError
+from prime_pack import Pack, carrier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,3 +108,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     refused(capsys, out, "pack", base, "--outptu", out / "x", code=2)
     refused(capsys, out, "pakc", base, code=2)
     assert issubclass(CheckpointError, script.ERRORS)
+
+
+def test_inspect_says_what_is_in_a_file(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, new = pair
+    assert run("pack", base, "--output", tmp_path / "x") == 0
+    assert run("diff", base, new, "--output", tmp_path / "p") == 0
+    for file, kind in (("x", "checkpoint"), ("p", "patch")):
+        assert run("inspect", tmp_path / file, "--json", tmp_path / "r.json") == 0
+        report = json.loads((tmp_path / "r.json").read_text())
+        packed = Pack(tmp_path / file)
+        assert report["kind"] == kind and report["sha256"] == packed.sha256
+        assert {line["name"] for line in report["tensors"]} == set(packed.sections)
+        for line in report["tensors"]:
+            values = packed.tensor(line["name"])
+            assert line["elements"] == values.numel() and line["raw"] == values.nbytes
+            assert line["entropy"] == pytest.approx(zero_order_entropy(carrier(values)))
+        assert max(report["tensors"], key=lambda line: line["bytes"])["name"][-52:] in capsys.readouterr().out
+    assert run("inspect", base) == 1
