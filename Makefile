@@ -1,5 +1,5 @@
 # make demo    the main job end to end on the embedded model and data, offline, in a few minutes
-# make test    the tests; tries to install Chromium, without which those of the web page are skipped
+# make test    the tests, two processes of one thread; tries to install Chromium, else those of the web page are skipped
 # make check   lint and types
 # make bench   every measurement that the README quotes and that this machine can make
 
@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/python assets/demo.py
 
 test: $(VENV)/installed-dev browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 browser:
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \
