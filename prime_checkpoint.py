@@ -38,9 +38,9 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,6 +50,7 @@ import numpy as np
 import torch
 
 from manifolds import COMPACT_VOTE_BITS, ENTRIES
+from whole_output import OutputError, new_file
 
 FORMAT = "qwen-prime"
 VERSION = 2
@@ -151,22 +152,19 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
     checkpoint["sha256"] = {}
     check_contract(checkpoint, str(path))
     checkpoint["sha256"] = {name: tensor_sha256(tensor) for name, tensor in walk_tensors(checkpoint)}
-    handle, temporary_name = -1, ""
     try:
-        handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            torch.save(_canonical(checkpoint), file)
-        digest = _seal(Path(temporary_name))
-        os.chmod(temporary_name, 0o644)
-        os.replace(temporary_name, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write (disk full) as RuntimeError.
-        raise CheckpointError(f"cannot write {path}: {one_line(error)}; nothing was left behind") from error
-    finally:
-        if temporary_name and os.path.exists(temporary_name):
-            os.unlink(temporary_name)
-    return digest
+        with new_file(path, force=True) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(_canonical(checkpoint), file)
+            return _seal(temporary)
+    except OutputError as error:
+        raise CheckpointError(str(error)) from error
+    except RuntimeError as error:
+        # torch reports a failed write so, and does not say that the disk is full.
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"cannot write {path}: {one_line(error)} ({free:,} bytes are free there); nothing was left behind"
+        ) from error
 
 
 def _canonical(tree: Any) -> Any:
@@ -180,7 +178,7 @@ def _canonical(tree: Any) -> Any:
 
 
 def _seal(path: Path) -> str:
-    """Append the closing comment and bring the file to the disk."""
+    """Append the closing comment."""
     with open(path, "r+b") as file:
         file.seek(-_END_RECORD, os.SEEK_END)
         record = file.read(_END_RECORD)
@@ -192,17 +190,7 @@ def _seal(path: Path) -> str:
         digest = _digest(file, file.seek(0, os.SEEK_END))
         file.seek(0, os.SEEK_END)
         file.write(f"qwen-prime sha256={digest}".encode())
-        file.flush()
-        os.fsync(file.fileno())
     return digest
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(file, length: int) -> str:

@@ -88,8 +88,10 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
 
     def config(self, config: dict[str, Any]) -> None:
-        """Write ``config.json``."""
-        (self.folder / CONFIG).write_text(json.dumps(_plain(config), indent=2) + "\n", encoding="utf-8")
+        """Write ``config.json``, whole or not at all."""
+        beside = self.folder / f".{CONFIG}.tmp"
+        beside.write_text(json.dumps(_plain(config), indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, self.folder / CONFIG)
 
     def stats(self, **fields: Any) -> None:
         """Append one step to ``stats.jsonl``; adds ``timestamp`` (seconds since 1970)."""

@@ -65,7 +65,7 @@ from qwen_prime_wrapper import (
     model_tensors,
     tokenizer_from_checkpoint,
 )
-from run_folder import RunFolder, run_name
+from run_folder import RunFolder, RunLocked, run_name
 from text_records import DataError
 from training_data import DataSettings, TrainingData, open_data
 from vote_rules import RuleError
@@ -205,6 +205,7 @@ class Session:
     Args:
         base: the checkpoint whose config, tokenizer, manifold and source every checkpoint of the run repeats.
         held: held-out documents, or None.
+        folder: locked.
     """
 
     def __init__(
@@ -215,8 +216,9 @@ class Session:
         held: EncodedSet | None,
         tokenizer: PreTrainedTokenizerBase,
         best: dict[str, Any] | None,
+        folder: RunFolder,
     ) -> None:
-        assert config.output_dir is not None and trainer.watch is not None, "checked by the config, given by main"
+        assert trainer.watch is not None, "given by train"
         self.trainer = trainer
         self.watch = trainer.watch
         self.config = config
@@ -224,8 +226,8 @@ class Session:
         self.held = held
         self.tokenizer = tokenizer
         self.best = best
-        self.run = RunLog(config.output_dir)
-        self.folder = RunFolder(config.output_dir, run_name(config.checkpoint), config.keep_last)
+        self.run = RunLog(folder.folder)
+        self.folder = folder
         self.stop = _StopFlag()
         self.path: Path | None = None
         self.saved_at: int | None = None
@@ -405,13 +407,16 @@ class Session:
 
         Raises:
             TrainError: the sentinel ended the run, memory cannot hold it, or there is nothing to do.
+            CheckpointError, OSError: nothing can be written any more.
         """
         try:
             return self._go()
-        except TrainError as error:
-            for kind, fields in self.trainer.events:
-                self.run.event(kind, step=self.trainer.done, **fields)
-            self.run.event("failed", step=self.trainer.done, reason=str(error))
+        except (TrainError, CheckpointError, OSError) as error:
+            # A full disk may have ended the run, and has no room for these lines either.
+            with contextlib.suppress(OSError):
+                for kind, fields in self.trainer.events:
+                    self.run.event(kind, step=self.trainer.done, **fields)
+                self.run.event("failed", step=self.trainer.done, reason=str(error))
             raise
         finally:
             self.stop.restore()
@@ -510,10 +515,17 @@ def main(config: TrainConfig) -> int:
     make_deterministic(config.device)
     return_freed_memory()
     folder = RunFolder(config.output_dir, run_name(config.checkpoint), config.keep_last)
+    with folder.lock():
+        log.info("%s", train(config, folder))
+    return 0
+
+
+def train(config: TrainConfig, folder: RunFolder) -> Path:
+    """The run in a folder that is locked: begin or go on, to the last step or a signal; path of the last checkpoint."""
     existing = folder.saved()
     if existing and not config.resume:
         raise TrainError(
-            f"{config.output_dir} holds a run ({existing[-1][1].name}): add --resume, or choose another folder"
+            f"{folder.folder} holds a run ({existing[-1][1].name}): add --resume, or choose another folder"
         )
     source = config.checkpoint
     if config.resume:
@@ -545,7 +557,7 @@ def main(config: TrainConfig) -> int:
         trainer.restore(checkpoint)
         best = checkpoint["train_state"].get("best")
     base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}
-    session = Session(trainer, config, base, data.held, tokenizer, best)
+    session = Session(trainer, config, base, data.held, tokenizer, best, folder)
     settings: dict[str, Any] = {
         **asdict(config),
         "lr": trainer.recipe.lr,
@@ -560,12 +572,12 @@ def main(config: TrainConfig) -> int:
     del checkpoint
     path = session.go()
     session.run.event("end", step=trainer.done, path=path)
-    log.info("%s", path)
-    return 0
+    return path
 
 
 ERRORS = (
     TrainError,
+    RunLocked,
     NightShiftError,
     PeelError,
     RuleError,

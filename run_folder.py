@@ -2,21 +2,36 @@
 
 RUN/NAME_prime_step_N.pt    after step N; N = 0 is the run's beginning, so that there is always one to return to
 RUN/NAME_prime_best.pt      the same file as the one with the lowest held-out loss (a hard link where links exist)
+RUN/.lock                   held by the process that writes the run; the system lets go of it however that ends
+
+The order of a save is what makes a power cut harmless: the new file is whole and on the disk before it gets its name,
+the name is on the disk before ``best`` follows, and only then do old ones go. Checkpoints of later steps go with them:
+a run that went on from an earlier one, because the later were damaged or led astray, has another future.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from prime_checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from prime_telemetry import this_process
+from whole_output import sync
 
 log = logging.getLogger("train")
+
+LOCK = ".lock"
+
+
+class RunLocked(RuntimeError):
+    """A run's folder that another process writes."""
 
 
 def run_name(checkpoint: Path) -> str:
@@ -55,7 +70,7 @@ class RunFolder:
         return None
 
     def save(self, step: int, checkpoint: dict[str, Any], *, is_best: bool, prune: bool = True) -> Path:
-        """Write the checkpoint of a step; with ``prune`` remove all but the last ``keep_last``."""
+        """Write the checkpoint of a step; with ``prune`` remove all but the last ``keep_last`` up to that step."""
         path = self.folder / f"{self.name}_prime_step_{step}.pt"
         save_checkpoint(checkpoint, path)
         if is_best:
@@ -63,10 +78,61 @@ class RunFolder:
             beside.unlink(missing_ok=True)
             _link_or_copy(path, beside)
             os.replace(beside, self.best)
+            sync(self.folder)
         if prune:
-            for _, old in self.saved()[: -self.keep_last]:
+            saved = self.saved()
+            past = [file for number, file in saved if number <= step]
+            for old in [*past[: -self.keep_last], *(file for number, file in saved if number > step)]:
                 old.unlink()
         return path
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep the folder to this process while the block runs, and clear away what a killed save left in it.
+
+        Creates the folder. Where the system has no such locks (Windows) nothing is locked, and the log says so.
+
+        Raises:
+            RunLocked: another process holds it.
+            OSError: the folder cannot be written, or its file system has no locks.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            log.warning("this system has no file locks: do not start a second run in %s", self.folder)
+            yield
+            return
+        with open(self.folder / LOCK, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunLocked(
+                    f"{self.folder} belongs to a running process ({_holder(file.read())}): stop it first, or choose "
+                    "another folder"
+                ) from error
+            file.truncate(0)
+            file.write(json.dumps(this_process()))
+            file.flush()
+            try:
+                self._clear()
+                yield
+            finally:
+                file.truncate(0)
+
+    def _clear(self) -> None:
+        """Remove unfinished files of a process that was killed."""
+        for left in [*self.folder.glob(".*.tmp"), self.best.with_suffix(".new")]:
+            left.unlink(missing_ok=True)
+
+
+def _holder(text: str) -> str:
+    try:
+        found = json.loads(text)
+        return f"pid {int(found['pid'])} on {found['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "it did not say which"
 
 
 def _link_or_copy(source: Path, target: Path, link: Callable[[Path, Path], None] = os.link) -> None:
@@ -75,3 +141,4 @@ def _link_or_copy(source: Path, target: Path, link: Callable[[Path, Path], None]
     except OSError:
         # Not every file system has hard links; a copy costs its size.
         shutil.copy2(source, target)
+        sync(target)

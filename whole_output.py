@@ -40,16 +40,16 @@ def new_file(path: Path, force: bool = False) -> Iterator[Path]:
     """
     refuse_existing(path, force)
     if path.is_dir():
-        raise OutputError(f"{path} is a folder, expected a file name")
+        raise OutputError(f"cannot write {path}: it is a folder, expected a file name")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
-        temporary.chmod(0o644)
+        sync(temporary)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -84,14 +84,14 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         temporary.chmod(0o755)
         if path.is_dir():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, aside)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         if aside is not None and not path.exists():
             os.replace(aside, path)
@@ -106,7 +106,8 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}; nothing was left behind")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,7 +2,7 @@
 
     pip install -r requirements-bench.txt
     python assets/make_packing_table.py             measure what is missing, a line each
-    python assets/make_packing_table.py --summary   print the table
+    python assets/make_packing_table.py --summary   print the table, draw assets/packing.png
 
 Two trained models (atto-qwen2-bias only where ../shared/data is), each on its own domain: the Python standard library
 and TinyStories. Peers are llama.cpp's quantizer (without an importance matrix) and bitsandbytes' NF4 with double
@@ -60,10 +60,12 @@ SHARED = ROOT.parent / "shared" / "data"
 MODELS = {"tiny_coder": ASSETS / "tiny_coder", "atto": SHARED / "models" / "atto-qwen2-bias"}
 GGUF_TYPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")
 PEERS = (*GGUF_TYPES, "NF4")
-HEALED = ("Q4_K_M", "Q4_0", "NF4")
+SMALL = {"4 bits": 4.0, "3.5 bits": 3.5, "3 bits": 3.0, "2.5 bits": 2.5}
+"""Sizes that no peer has."""
+HEALED = ("Q4_0", "3 bits")
 TABLES = ("compact", "prime-harmonic")
 SEQ_LEN, TRAIN_TOKENS, SCORED_TOKENS, CALIBRATION_ROWS = 512, 1_000_000, 24_000, 128
-HEAL_STEPS, HEAL_ROWS, HEAL_RATE = 150, 4, 2e-4
+HEAL_STEPS, HEAL_ROWS, HEAL_RATE = 100, 4, 2e-4
 
 
 def texts_of(name: str) -> tuple[list[str], list[str]]:
@@ -250,8 +252,9 @@ def lines(bench: Bench, done: set[tuple[str, str]], folder: Path) -> Iterator[di
             size, model = nf4_peer(bench) if peer == "NF4" else gguf_peer(bench, peer, folder)
             sizes[peer] = size
             yield line(peer, size, model)
+    sizes |= {name: int(bits * bench.weights / 8) for name, bits in SMALL.items()}
     kinds: Iterable[tuple[str, dict[str, Any]]] = [("text", {}), ("no text", {"text": False})]
-    for peer in PEERS:
+    for peer in sizes:
         for label, settings in [*kinds, *((t, {"table": t}) for t in TABLES if peer == "Q4_0")]:
             if wanted(method := f"ours at {peer}, {label}"):
                 size, model, _ = ours(bench, sizes[peer], **settings)
@@ -281,19 +284,58 @@ def summary(results: list[dict[str, Any]]) -> str:
         return "" if r is None else f"{r['increase']:+.4f} ({r['kl']:.4f})"
 
     for model in dict.fromkeys(r["model"] for r in results):
-        for peer in PEERS:
-            if (model, peer) not in found:
+        for peer in (*PEERS, *SMALL):
+            size = found.get((model, peer)) or found.get((model, f"ours at {peer}, text"))
+            if size is None:
                 continue
             cells = [cell(model, m) for m in (peer, *(f"ours at {peer}, {k}" for k in ("no text", "text", "healed")))]
             if cells[-1] and (model, "control") in found:
                 cells[-1] = f"{cells[-1].split()[0]} ({found[model, 'control']['increase']:+.4f})"
-            rows.append(f"| {model} | {peer} | {found[model, peer]['bits']:.3f} | {' | '.join(cells)} |")
+            rows.append(f"| {model} | {peer} | {size['bits']:.3f} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Divergence from the unpacked model against bits a weight, a panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(r["model"] for r in results))
+    figure, axes = plt.subplots(1, len(models), figsize=(5.2 * len(models), 3.9), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        own = [r for r in results if r["model"] == model and r["bits"] is not None]
+        for label, ending, colour in (("ours", ", text", "#1f6fb2"), ("ours, without text", ", no text", "#8fbbdd")):
+            line = sorted(
+                (r["bits"], r["kl"]) for r in own if r["method"].endswith(ending) and "healed" not in r["method"]
+            )
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3.5, label=label, color=colour)
+        for r in own:
+            if r["method"] in PEERS:
+                axis.plot(r["bits"], r["kl"], marker="s", markersize=5, color="#c4502e", linestyle="")
+                above = r["method"] not in ("Q4_0",)
+                axis.annotate(
+                    r["method"],
+                    (r["bits"], r["kl"]),
+                    xytext=(5, 4 if above else -11),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+        axis.set_yscale("log")
+        axis.set_xlabel("bits a weight, everything counted")
+        axis.set_title(model, fontsize=10)
+        axis.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes[0][0].set_ylabel("KL from the unpacked model, nats a token")
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
 
 
 def main(arguments: argparse.Namespace) -> None:
     if arguments.summary:
         print(summary(read()))
+        draw(read(), RESULTS.with_suffix(".png"))
         return
     torch.set_num_threads(arguments.threads)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,403 @@
+"""Kill training runs wherever they write, resume them, and compare with a run that nobody disturbed.
+
+    python tests/crash/kill_runs.py --kills 200 --json assets/kills.json
+
+Each trial is a real run of qwen_prime_train.py's ``main`` in a process of its own, on a tiny model: four steps, a save
+every second, evaluations, statistics, events. Four kinds of trial:
+
+    before      SIGKILL before the n-th call by which the run changes its folder: open, write, fsync, chmod, replace,
+                link, unlink; each has its turn, of the hundreds of writes of a checkpoint an even sample
+    torn        SIGKILL in the middle of the n-th write, for a sample: half of it has reached the file
+    full        from the n-th call on the disk is full, for a smaller sample; the run must end in a line, exit code 1
+    random      SIGKILL at a random moment, again and again in one run
+
+Then the run is resumed, until it ends well. It counts as lost if its final state differs in one bit from the
+undisturbed run's (indices, scales, norms, votes, random states, data cursor, supervisor, governor, float optimizer;
+only ``created_by``, which has the time, is left out), if the statistics that a reader sees differ in a loss, if it went
+back behind the last save that it had reported, or if anything is left over in the folder.
+
+A kill leaves what was written to the system's care, so this says nothing on power cuts. For those the order counts, and
+tests/test_crash.py checks it: content on the disk before its name, the name before old files go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import torch  # noqa: E402
+from tiny_models import import_source, tiny_config, write_source  # noqa: E402
+
+import prime_cli  # noqa: E402
+import qwen_prime_train as train  # noqa: E402
+from prime_checkpoint import load_checkpoint, tensor_sha256  # noqa: E402
+from prime_telemetry import read_lines  # noqa: E402
+from run_folder import RunFolder  # noqa: E402
+
+STEPS, SAVE_EVERY, NAME = 4, 2, "tiny"
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Faults:
+    """Counts the calls by which this process changes a folder, and strikes at one of them.
+
+    Attributes:
+        folder: whose files count.
+        at: number of the call to strike at, from 1; 0 never.
+        kind: ``before``, ``torn`` or ``full``.
+        calls: names of the calls so far.
+    """
+
+    folder: str
+    at: int = 0
+    kind: str = "before"
+    calls: list[str] = field(default_factory=list)
+    full: bool = False
+
+    def install(self) -> None:
+        """Put itself around the functions; for a process that is about to end."""
+        for name in ("fsync", "chmod", "replace", "rename", "link", "unlink", "truncate"):
+            setattr(os, name, self._around(name, getattr(os, name)))
+        opened = builtins.open
+
+        def watched_open(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+            if not set(mode) & set("wax+") or not self._inside(file):
+                return opened(file, mode, *rest, **more)
+            self._strike("open")
+            return _Watched(opened(file, mode, *rest, **more), self)
+
+        builtins.open = io.open = watched_open  # type: ignore[assignment]
+
+    def _inside(self, target: Any) -> bool:
+        if isinstance(target, int):
+            target = os.readlink(f"/proc/self/fd/{target}")
+        return os.path.abspath(os.fspath(target)).startswith(self.folder)
+
+    def _around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(target: Any, *rest: Any, **more: Any) -> Any:
+            if self._inside(target):
+                self._strike(name)
+            return function(target, *rest, **more)
+
+        return watched
+
+    def _strike(self, name: str) -> bool:
+        """Count a call; True if the caller is to write half and then die."""
+        self.calls.append(name)
+        if len(self.calls) == self.at:
+            if self.kind == "torn" and name == "write":
+                return True
+            if self.kind != "full":
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.full = True
+        if self.full and name in ("open", "write", "fsync", "link"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return False
+
+
+class _Watched:
+    """A file whose writes count."""
+
+    def __init__(self, file: Any, faults: Faults) -> None:
+        self._file, self._faults = file, faults
+
+    def write(self, data: Any) -> int:
+        if self._faults._strike("write"):
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _Watched:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all trials share: the checkpoint to begin from, and the data."""
+
+    folder: Path
+
+    @staticmethod
+    def build(folder: Path) -> Stage:
+        import_source(write_source(folder / "source", tiny_config()), folder / f"{NAME}_prime_init.pt")
+        texts = [{"text": f"{n} and {n + 1} and {n * n} make a line of text."} for n in range(80)]
+        (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
+        return Stage(folder)
+
+    def arguments(self, run: Path, resume: bool) -> list[str]:
+        settings = {
+            "--checkpoint": self.folder / f"{NAME}_prime_init.pt",
+            "--data": self.folder / "texts.jsonl",
+            "--data-cache": self.folder / "cache",
+            "--output-dir": run,
+            "--steps": STEPS,
+            "--save-every": SAVE_EVERY,
+            "--eval-every": 2,
+            "--keep-last": 1,
+            "--grad-accum": 2,
+            "--seq-len": 64,
+            "--hold-out": 0.2,
+            "--sample-every": 2,
+            "--samples": 1,
+            "--sample-tokens": 4,
+            "--peel": "1:2:1",
+            "--device": "cpu",
+        }
+        flags = ["--no-core-eval", *(["--resume"] if resume else [])]
+        return [str(part) for pair in settings.items() for part in pair] + flags
+
+    def start(self, run: Path, faults: Faults | None = None) -> int:
+        """Begin or go on in a process of its own; its id."""
+        resume = bool(RunFolder(run, NAME, 1).saved())
+        child = os.fork()
+        if child:
+            return child
+        code = 70
+        try:
+            log = os.open(self.folder / "child.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
+            logging.getLogger().handlers.clear()
+            if faults is not None:
+                faults.install()
+            code = prime_cli.run(train.TrainConfig, train.main, train.ERRORS, self.arguments(run, resume))
+            if faults is not None and not faults.at:
+                (self.folder / "calls.json").write_text(json.dumps(faults.calls))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def said(self) -> str:
+        """What the last process printed."""
+        return (self.folder / "child.log").read_text(errors="replace").strip()
+
+
+def wait(child: int) -> int:
+    """Exit code of a process, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def state_hash(path: Path) -> str:
+    """SHA-256 over everything in a checkpoint but ``created_by``."""
+
+    def plain(tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return [str(tree.dtype), list(tree.shape), tensor_sha256(tree)]
+        if isinstance(tree, dict):
+            return sorted([str(key), plain(value)] for key, value in tree.items())
+        return [plain(value) for value in tree] if isinstance(tree, list | tuple) else repr(tree)
+
+    content = {key: value for key, value in load_checkpoint(path).items() if key not in ("created_by", "sha256")}
+    return hashlib.sha256(json.dumps(plain(content)).encode()).hexdigest()
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What must be the same of two runs: the last state, the best one, the losses, the files."""
+    folder = RunFolder(run, NAME, 1)
+    losses = {
+        line["step"]: (line["loss"], line["val_loss"], line["tokens"]) for line in read_lines(run / "stats.jsonl")
+    }
+    samples = {line["step"]: line["text"] for line in read_lines(run / "samples.jsonl")}
+    return {
+        "last": state_hash(folder.saved()[-1][1]),
+        "best": state_hash(folder.best),
+        "losses": losses,
+        "samples": samples,
+        "files": sorted(file.name for file in run.iterdir()),
+    }
+
+
+def last_reported(run: Path) -> int:
+    """Step of the last save that the run reported, -1 before the first."""
+    return max((e["step"] for e in read_lines(run / "events.jsonl") if e.get("event") == "save"), default=-1)
+
+
+class Lost(Exception):
+    """A run that did not come back as it should have."""
+
+
+def finish(stage: Stage, run: Path, expected: dict[str, Any]) -> None:
+    """Resume a disturbed run to its end and compare.
+
+    Raises:
+        Lost: with how it differs.
+    """
+    reported = last_reported(run)
+    found = RunFolder(run, NAME, 1).newest()
+    step = -1 if found is None else found[1]["train_state"]["step"]
+    if step < reported:
+        raise Lost(f"step {reported} was saved, the newest whole checkpoint is of step {step}")
+    starts = sum(e.get("event") == "start" for e in read_lines(run / "events.jsonl"))
+    if step != STEPS:
+        code = wait(stage.start(run))
+        if code != 0:
+            raise Lost(f"the resumed run ended with {code}: {stage.said()[-300:]}")
+        later = [e for e in read_lines(run / "events.jsonl") if e.get("event") == "start"][starts:]
+        if [e["step"] for e in later] != [max(step, 0)]:
+            raise Lost(f"went on from {[e['step'] for e in later]}, the newest whole checkpoint was of step {step}")
+    got = outcome(run)
+    if step == STEPS:
+        # Killed behind its last save: there is nothing to go on with, and what followed the save may be missing.
+        got["losses"], got["samples"], got["files"] = expected["losses"], expected["samples"], expected["files"]
+    for key, value in expected.items():
+        if got[key] != value:
+            raise Lost(f"{key} differ: {got[key]} instead of {value}")
+
+
+# -- trials -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """Trials, kills and losses so far."""
+
+    trials: dict[str, int] = field(default_factory=dict)
+    kills: int = 0
+    losses: list[str] = field(default_factory=list)
+
+    def count(self, kind: str, kills: int, name: str, check: Callable[[], None]) -> None:
+        self.trials[kind] = self.trials.get(kind, 0) + 1
+        self.kills += kills
+        try:
+            check()
+        except Lost as error:
+            self.losses.append(f"{name}: {error}")
+
+
+def strike(stage: Stage, at: int, kind: str, call: str, expected: dict[str, Any], tally: Tally) -> None:
+    """One trial of the kinds ``before``, ``torn`` and ``full``."""
+    run = stage.folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    code = wait(stage.start(run, Faults(str(run), at, kind)))
+    name = f"{kind} call {at} ({call})"
+
+    def check() -> None:
+        if kind == "full":
+            lines = [line for line in stage.said().splitlines() if line.startswith(("error", "Traceback"))]
+            if code != 1 or len(lines) != 1 or not lines[0].startswith("error: "):
+                raise Lost(f"a full disk ended it with {code}: {stage.said()[-300:]}")
+        elif code != -signal.SIGKILL:
+            raise Lost(f"was not killed but ended with {code}: {stage.said()[-300:]}")
+        finish(stage, run, expected)
+
+    tally.count(kind, 0 if kind == "full" else 1, name, check)
+
+
+def at_random(stage: Stage, seconds: float, kills: int, seed: int, expected: dict[str, Any], tally: Tally) -> None:
+    """One run that is killed ``kills`` times, at random moments of at most ``seconds``."""
+    run, draw = stage.folder / "run", random.Random(seed)
+    shutil.rmtree(run, ignore_errors=True)
+    done = 0
+    for _ in range(kills):
+        child = stage.start(run)
+        time.sleep(draw.uniform(0.05, seconds))
+        os.kill(child, signal.SIGKILL)
+        code = wait(child)
+        done += code == -signal.SIGKILL
+        if code == 0:
+            break
+    tally.count("random", done, f"random, seed {seed}", lambda: finish(stage, run, expected))
+
+
+def undisturbed(stage: Stage) -> tuple[dict[str, Any], list[str], float]:
+    """Outcome of a run that nothing disturbs, the calls by which it wrote, and its seconds."""
+    run = stage.folder / "run"
+    outcomes = []
+    for watched in (True, False):
+        shutil.rmtree(run, ignore_errors=True)
+        begun = time.perf_counter()
+        if code := wait(stage.start(run, Faults(str(run)) if watched else None)):
+            raise SystemExit(f"error: the undisturbed run ended with {code}: {stage.said()}")
+        seconds = time.perf_counter() - begun
+        outcomes.append(outcome(run))
+    if outcomes[0] != outcomes[1]:
+        raise SystemExit("error: two undisturbed runs differ: nothing can be compared here")
+    return outcomes[0], json.loads((stage.folder / "calls.json").read_text()), seconds
+
+
+def places(calls: list[str], writes: int) -> list[int]:
+    """Numbers of the calls to strike at: all but writes, and an even sample of about so many of these."""
+    of_writes = [at for at, call in enumerate(calls, 1) if call == "write"]
+    sampled = of_writes[:: max(1, len(of_writes) // max(1, writes))]
+    return sorted([*sampled, *(at for at, call in enumerate(calls, 1) if call != "write")])
+
+
+def main(arguments: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    begun, tally = time.perf_counter(), Tally()
+    with tempfile.TemporaryDirectory() as name:
+        stage = Stage.build(Path(name))
+        expected, calls, seconds = undisturbed(stage)
+        print(f"an undisturbed run writes by {len(calls)} calls in {seconds:.1f} s", flush=True)
+        plan = [(at, "before") for at in places(calls, 40)]
+        plan += [(at, "torn") for at in places(calls, 60) if calls[at - 1] == "write"]
+        plan += [(at, "full") for at in places(calls, 20)]
+        for number, (at, kind) in enumerate(plan):
+            strike(stage, at, kind, calls[at - 1], expected, tally)
+            if number % 25 == 24:
+                print(f"{number + 1} of {len(plan)}: {tally.kills} kills, {len(tally.losses)} losses", flush=True)
+        seed = 0
+        while tally.kills < arguments.kills:
+            at_random(stage, seconds, 4, seed, expected, tally)
+            seed += 1
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    report = {
+        "kills": tally.kills,
+        "losses": len(tally.losses),
+        "trials": tally.trials,
+        "calls": {call: calls.count(call) for call in sorted(set(calls))},
+        "seconds": round(time.perf_counter() - begun),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "system": platform.platform(),
+    }
+    for loss in tally.losses:
+        print(f"LOST {loss}")
+    print(json.dumps(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**report, "lost": tally.losses}, indent=2) + "\n")
+    return 1 if tally.losses else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="at least so many, the rest of them at random moments")
+    parser.add_argument("--json", type=Path, help="also write the summary here")
+    raise SystemExit(main(parser.parse_args()))

@@ -1,0 +1,205 @@
+"""Crash safety in short (tests/crash/kill_runs.py is the long form), and the order of a save, for power cuts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crash import kill_runs
+from crash.kill_runs import Stage, Tally, at_random, places, strike, undisturbed, wait
+
+from prime_checkpoint import load_checkpoint
+from run_folder import LOCK, RunFolder, RunLocked
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage.build(tmp_path_factory.mktemp("stage"))
+
+
+@pytest.fixture(scope="module")
+def reference(stage: Stage) -> tuple[dict[str, Any], list[str], float]:
+    return undisturbed(stage)
+
+
+def test_killed_at_calls_of_a_save_nothing_is_lost(stage: Stage, reference: tuple) -> None:
+    expected, calls, _ = reference
+    tally = Tally()
+    first = {call: calls.index(call) + 1 for call in ("replace", "fsync", "unlink")}
+    for at in (*first.values(), len(calls)):
+        strike(stage, at, "before", calls[at - 1], expected, tally)
+    writes = [at for at in places(calls, 3) if calls[at - 1] == "write"]
+    for at in writes[1:2]:
+        strike(stage, at, "torn", "write", expected, tally)
+    assert tally.kills == 5 and not tally.losses
+
+
+def test_a_full_disk_ends_a_run_and_not_its_checkpoints(stage: Stage, reference: tuple) -> None:
+    expected, calls, _ = reference
+    tally = Tally()
+    for at in (calls.index("fsync") + 1, len(calls) * 2 // 3):
+        strike(stage, at, "full", calls[at - 1], expected, tally)
+    assert tally.trials == {"full": 2} and not tally.losses
+
+
+def test_killed_at_random_nothing_is_lost(stage: Stage, reference: tuple) -> None:
+    tally = Tally()
+    at_random(stage, reference[2], 3, int.from_bytes(os.urandom(4), "big"), reference[0], tally)
+    assert not tally.losses
+
+
+def test_the_harness_notices_a_loss(stage: Stage, reference: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that forgets its votes on resume, and one that saves without renaming, are both found out."""
+    expected, calls, _ = reference
+    tally = Tally()
+    restore = kill_runs.train.VoteTrainer.restore
+
+    def forgetful(self: Any, checkpoint: dict[str, Any]) -> None:
+        restore(self, checkpoint)
+        for grid in self.model.modules():
+            for tensor in getattr(grid, "vote_state", dict)().values():
+                tensor.zero_()
+
+    monkeypatch.setattr(kill_runs.train.VoteTrainer, "restore", forgetful)
+    last_replace = len(calls) - calls[::-1].index("replace")
+    strike(stage, last_replace, "before", "replace", expected, tally)
+    assert len(tally.losses) == 1 and "differ" in tally.losses[0]
+
+
+# -- the order of a save ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def content(stage: Stage) -> dict[str, Any]:
+    return load_checkpoint(stage.folder / "tiny_prime_init.pt")
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int]]]:
+    """Calls on files in order: name, file, and the size of what it is about."""
+    seen: list[tuple[str, str, int]] = []
+
+    def note(name: str) -> None:
+        function = getattr(os, name)
+
+        def noted(target: Any, *rest: Any, **more: Any) -> Any:
+            path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fspath(target))
+            seen.append((name, str(path), path.stat().st_size if path.exists() else -1))
+            return function(target, *rest, **more)
+
+        monkeypatch.setattr(os, name, noted)
+
+    for name in ("fsync", "replace", "link", "unlink"):
+        note(name)
+    yield seen
+
+
+def test_content_before_name_and_name_before_old_files_go(
+    content: dict[str, Any], tmp_path: Path, journal: list[tuple[str, str, int]]
+) -> None:
+    folder = RunFolder(tmp_path, "a", 1)
+    folder.save(1, content, is_best=True)
+    journal.clear()
+    path = folder.save(2, content, is_best=True)
+    names = [name for name, _, _ in journal]
+    first = names.index("replace")
+    temporary, size = journal[first][1], journal[first][2]
+    assert ("fsync", temporary, size) in journal[:first] and path.stat().st_size == size
+    folders = [at for at, (name, file, _) in enumerate(journal) if name == "fsync" and file == str(tmp_path)]
+    gone = [at for at, (name, file, _) in enumerate(journal) if name == "unlink" and file.endswith("step_1.pt")]
+    assert len(gone) == 1 and folders[0] == first + 1
+    best = next(at for at, (name, file, _) in enumerate(journal) if name == "replace" and file.endswith(".new"))
+    assert first < folders[0] < best < folders[-1] < gone[0]
+
+
+def test_the_only_good_checkpoint_is_never_pruned(content: dict[str, Any], tmp_path: Path) -> None:
+    """A run that goes on from step 1 because 3 is damaged saves step 2: 3 goes, whatever keep_last is."""
+    folder = RunFolder(tmp_path, "a", 1)
+    for step in (1, 3):
+        folder.save(step, content, is_best=False, prune=False)
+    damaged = tmp_path / "a_prime_step_3.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    found = folder.newest()
+    assert found is not None and found[0].name == "a_prime_step_1.pt"
+    folder.save(2, content, is_best=False)
+    assert [step for step, _ in folder.saved()] == [2]
+    found = folder.newest()
+    assert found is not None and found[0].name == "a_prime_step_2.pt"
+
+
+# -- the lock ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from run_folder import RunFolder
+with RunFolder(Path({folder!r}), "a", 1).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_belongs_to_one_living_process(tmp_path: Path) -> None:
+    program = HOLD.format(root=str(ROOT), folder=str(tmp_path / "run"))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(RunLocked, match=rf"running process \(pid {holder.pid} on "),
+            RunFolder(tmp_path / "run", "a", 1).lock(),
+        ):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    # A dead process holds nothing, whatever the file says.
+    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == holder.pid
+    with RunFolder(tmp_path / "run", "a", 1).lock():
+        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    assert (tmp_path / "run" / LOCK).read_text() == ""
+
+
+def test_what_a_killed_save_left_is_cleared_away(tmp_path: Path) -> None:
+    left = [".a_prime_step_4.pt.x1y2.tmp", ".EVAL_a_step_2.json.q.tmp", ".config.json.tmp", "a_prime_best.new"]
+    kept = ["a_prime_step_2.pt", "notes.txt", "x.tmp"]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("x")
+    with RunFolder(tmp_path, "a", 1).lock():
+        assert sorted(f.name for f in tmp_path.iterdir()) == sorted([*kept, LOCK])
+
+
+def test_a_second_trainer_in_the_folder_is_refused_in_a_line(stage: Stage) -> None:
+    run = stage.folder / "run"
+    with RunFolder(run, "tiny", 1).lock():
+        assert wait(stage.start(run)) == 1
+    lines = stage.said().splitlines()
+    assert lines[-1].startswith("error: ") and f"pid {os.getpid()}" in lines[-1]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(stage: Stage, reference: tuple) -> None:
+    """End to end: the run goes on from the one before and ends as if nothing had been."""
+    expected, calls, _ = reference
+    run = stage.folder / "run"
+    kill_runs.shutil.rmtree(run, ignore_errors=True)
+    # Killed where step 2 is saved and step 0 not yet gone.
+    unlinks = [at for at, call in enumerate(calls, 1) if call == "unlink"]
+    for at in unlinks:
+        kill_runs.shutil.rmtree(run, ignore_errors=True)
+        assert wait(stage.start(run, kill_runs.Faults(str(run), at))) == -signal.SIGKILL
+        saved = RunFolder(run, "tiny", 1).saved()
+        if len(saved) == 2:
+            break
+    assert len(saved) == 2
+    newest = saved[-1][1]
+    newest.write_bytes(newest.read_bytes()[:-7])
+    assert wait(stage.start(run)) == 0 and f"passing over {newest}" in stage.said()
+    assert kill_runs.outcome(run)["last"] == expected["last"]
