@@ -47,7 +47,8 @@ class Manifest:
 
     ``source``: id or path, config, split, revision and licence of the text. ``tokenizer``: its name and SHA-256.
     ``settings``: everything else that decides the bytes. ``rows``: counts of rows read, bad, and per format.
-    ``splits``: shards of ``train`` and ``valid`` in order.
+    ``splits``: shards of ``train`` and ``valid`` in order. The file closes with the SHA-256 of the rest, so that no
+    licence, count or hash in it changes unnoticed.
     """
 
     source: dict[str, Any]
@@ -58,7 +59,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json``."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2, sort_keys=True)
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        text = json.dumps({**content, "sha256": _hash_of(content)}, indent=2, sort_keys=True)
         write_whole(folder / MANIFEST, (text + "\n").encode())
 
     @staticmethod
@@ -66,11 +68,13 @@ class Manifest:
         """Read ``manifest.json``.
 
         Raises:
-            DataError: it is not a manifest, or names a file outside its folder.
+            DataError: it is not a manifest, has changed, or names a file outside its folder.
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
+            recorded = content.pop("sha256", None)
             if (content["format"], content["version"]) != (FORMAT, VERSION):
                 raise DataError(f"{path}: format {content['format']!r} version {content['version']!r} is not ours")
             splits = {
@@ -81,6 +85,12 @@ class Manifest:
                 dict(content[key]) for key in ("source", "tokenizer", "settings", "rows")
             )
             found = Manifest(source, tokenizer, settings, rows, splits)
+            written = json.dumps({**content, "sha256": recorded}, indent=2, sort_keys=True) + "\n"
+            if recorded != _hash_of(content) or text != written:
+                raise DataError(
+                    f"{path} has changed since it was written, or is of an earlier suite: make the folder again with "
+                    "qwen_prime_data.py materialize"
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
@@ -98,6 +108,10 @@ class Manifest:
                 f"the shards hold tokens of {self.tokenizer.get('name')} ({str(self.tokenizer.get('sha256'))[:12]}), "
                 f"the model's tokenizer is another ({sha256[:12]}): make them again with --tokenizer of this model"
             )
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from packed_batches import PackedBatches
 from record_streams import FileRows
 from text_records import DataError, drawn
 from token_files import read_tokens
-from token_shards import MANIFEST, Manifest, ShardBlocks, ShardPlan, materialize
+from token_shards import MANIFEST, Manifest, ShardBlocks, ShardPlan, _hash_of, materialize
 from training_data import DataSettings, open_data
 
 TEXTS = [f"the {i} tale " * (1 + i * 7 % 40) for i in range(300)]
@@ -111,9 +111,11 @@ def test_changed_shards_and_manifests_are_refused(folder: Path, tokenizer: Any, 
     manifest = json.loads((copy / MANIFEST).read_text())
 
     def refused(message: str, change: Any) -> None:
+        """Whoever changes a manifest can also make its hash right."""
         content = json.loads(json.dumps(manifest))
         change(content)
-        (copy / MANIFEST).write_text(json.dumps(content))
+        content["sha256"] = _hash_of({key: value for key, value in content.items() if key != "sha256"})
+        (copy / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         with pytest.raises(DataError, match=message):
             open_data(copy, None, tokenizer, 32, DataSettings(), seed=0)
 
@@ -126,6 +128,19 @@ def test_changed_shards_and_manifests_are_refused(folder: Path, tokenizer: Any, 
     (copy / MANIFEST).write_text("[" * 100_000)
     with pytest.raises(DataError, match="not a manifest"):
         Manifest.read(copy)
+
+
+def test_every_changed_byte_and_every_cut_of_a_manifest_is_found(folder: Path, tmp_path: Path) -> None:
+    data = (folder / MANIFEST).read_bytes()
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        for damaged in (changed, data[:at]):
+            (tmp_path / MANIFEST).write_bytes(damaged)
+            with pytest.raises(DataError):
+                Manifest.read(tmp_path)
+    (tmp_path / MANIFEST).write_bytes(data)
+    assert Manifest.read(tmp_path) == Manifest.read(folder)
 
 
 def test_no_record_leaves_no_manifest(tokenizer: Any, tmp_path: Path) -> None:
