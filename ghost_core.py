@@ -35,7 +35,7 @@ SLICE_ELEMENTS = 1 << 24
 """Weights dequantized at a time: 64 MiB of float32."""
 
 _LISTEN_ROWS = 16
-"""Rows of a slice that are compared with a fresh gradient."""
+"""Rows of a slice, or of a grid, that are looked at while the ballot listens."""
 _SAMPLE = 1 << 16
 """About how many weights an estimate of their mean size looks at."""
 _placed: dict[tuple[str, torch.device], Manifold] = {}
@@ -76,6 +76,26 @@ class Agreement:
         return (self.votes / size, self.control / size) if size > 0 else None
 
 
+@dataclass
+class Obedience:
+    """Does one thing go where another points? Sums over a sample of rows."""
+
+    together: float = 0.0
+    size: float = 0.0
+
+    def add(self, wish: torch.Tensor, deed: torch.Tensor) -> None:
+        """Add rows of two tensors of one shape."""
+        product = wish.double() * deed.double()
+        self.together += float(product.sum())
+        self.size += float(product.abs().sum())
+
+    @property
+    def share(self) -> float | None:
+        """From -1 (always against) over 0 (what shuffling leaves, on average) to 1 (never against), weighted by the
+        sizes of both; None where one of them was nothing everywhere."""
+        return self.together / self.size if self.size else None
+
+
 class GhostGrid(nn.Module):
     """One discrete weight matrix.
 
@@ -84,7 +104,9 @@ class GhostGrid(nn.Module):
         scale: float32 ``(out,)``, positive; never trained.
     While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the grid
     stands: 2 where head and embedding are tied. ``heat`` is a factor on this grid's learning rate, 1 unless a governor
-    brakes it. ``agreement`` is what listening has found since it was last reset.
+    brakes it. Where the ballot listens, ``agreement`` compares the votes of earlier steps with a fresh gradient,
+    ``followed`` the votes that a gradient cast with itself, ``obeyed`` moves with the votes that made them, and
+    ``heard`` says whether a gradient came by, all since :meth:`begin_step`.
     """
 
     indices: torch.Tensor
@@ -100,7 +122,7 @@ class GhostGrid(nn.Module):
         self.state: VoteState | None = None
         self.uses = 1
         self.heat = 1.0
-        self.agreement = Agreement()
+        self.begin_step()
         self._inverse_scale: torch.Tensor | None = None
 
     # -- the weight -------------------------------------------------------------------------------------------------
@@ -231,6 +253,11 @@ class GhostGrid(nn.Module):
             self._inverse_scale = kernels.inverse_scales(self.scale)
         return self._inverse_scale
 
+    def begin_step(self) -> None:
+        """Forget what was found of the step before."""
+        self.heard = False
+        self.agreement, self.followed, self.obeyed = Agreement(), Obedience(), Obedience()
+
     def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int = 0) -> None:
         """Measure or vote with the gradient of some rows.
 
@@ -249,10 +276,19 @@ class GhostGrid(nn.Module):
         elif ballot.mode == "measure":
             ballot.rule.measure(self, gradient, rows)
         elif ballot.mode == "cast":
-            if ballot.listening and ballot.micro_batch == 0 and self.agreement.use in (None, use):
-                self.agreement.use = use
-                self._listen(gradient, rows)
+            if not ballot.listening or ballot.micro_batch > 0 or self.agreement.use not in (None, use):
+                self._vote(gradient, rows, use, part, 1)
+                self.heard = True
+                return
+            self.agreement.use = use
+            chosen = _spread(len(rows), gradient.device)
+            wanted, before = gradient[chosen], self._votes_of(rows[chosen]).int()
+            # The same permutation everywhere: the golden section spreads neighbours, and no generator has a state.
+            columns = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
+            self.agreement.add(wanted, before, (columns * 0.6180339887498949 % 1).argsort())
             self._vote(gradient, rows, use, part, 1)
+            self.followed.add(-wanted, self._votes_of(rows[chosen]).int() - before)
+            self.heard |= bool(wanted.any())
         elif ballot.mode == "retract" and (self.name, use, part) in ballot.standing:
             self._vote(gradient, rows, use, part, -1)
 
@@ -264,16 +300,10 @@ class GhostGrid(nn.Module):
         ballot.torn = False
         (ballot.standing.add if sign > 0 else ballot.standing.discard)((self.name, use, part))
 
-    def _listen(self, gradient: torch.Tensor, rows: torch.Tensor) -> None:
-        """Compare the votes of a few evenly spaced rows, left by earlier steps, with a gradient that has not voted."""
-        count, columns = gradient.shape
-        chosen = torch.linspace(0, count - 1, min(count, _LISTEN_ROWS), device=gradient.device).long()
-        picked = rows[chosen]
+    def _votes_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Votes of chosen rows, integers ``(n, in)``, a copy."""
         state = self._open_state()
-        votes = self.tables().votes(self.indices[picked]) if state.votes is None else state.votes[picked]
-        # The same permutation everywhere: the golden section spreads neighbours, and no generator has a state.
-        order = (torch.arange(columns, device=gradient.device, dtype=torch.float64) * 0.6180339887498949 % 1).argsort()
-        self.agreement.add(gradient[chosen], votes, order)
+        return self.tables().votes(self.indices[rows]) if state.votes is None else state.votes[rows]
 
     def mean_size(self) -> float:
         """Mean |weight| in units of the scale, over an evenly spaced sample of rows."""
@@ -307,7 +337,15 @@ class GhostGrid(nn.Module):
             (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`.
         """
         self._open_state()
-        return self.ballot.rule.apply(self, rate * self.heat, shrink)
+        if not self.ballot.listening:
+            return self.ballot.rule.apply(self, rate * self.heat, shrink)
+        rows = _spread(len(self.indices), self.indices.device)
+        votes, tables = self._votes_of(rows), self.tables()
+        before = tables.levels(self.indices[rows]).int()
+        result = self.ballot.rule.apply(self, rate * self.heat, shrink)
+        moves = tables.levels(self.indices[rows]).int() - before
+        self.obeyed.add(votes, moves)
+        return result
 
     def update_yardstick(self) -> None:
         """Fold the step's row statistics into the running ones; the next step's votes are measured by them."""
@@ -353,6 +391,11 @@ class GhostGrid(nn.Module):
 
 
 _USE_LINEAR, _USE_EMBEDDING = 0, 1
+
+
+def _spread(count: int, device: torch.device) -> torch.Tensor:
+    """A few evenly spaced row numbers, int64."""
+    return torch.linspace(0, count - 1, min(count, _LISTEN_ROWS), device=device).long()
 
 
 def _row_range(rows: slice, device: torch.device) -> torch.Tensor:

@@ -341,8 +341,8 @@ class Session:
         path, checkpoint = found
         if verdict.kind == "end":
             raise TrainError(
-                f"the run ends at step {self.trainer.done}: {verdict.reason}. The last good checkpoint is {path}; look "
-                "at events.jsonl, and begin again from there with a lower --lr or other --data"
+                f"the run ends at step {self.trainer.done}: {verdict.reason}. The last whole checkpoint is {path}; "
+                "look at events.jsonl before you begin again from there (a lower --lr, other --data)"
             )
         came_from = self.trainer.done
         self.trainer.roll_back(checkpoint)

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from ghost_core import Agreement, Movement, apply_votes, grids_of, name_grids
+from ghost_core import Movement, apply_votes, grids_of, name_grids
 from night_shift import (
     AntigravitySentinel,
     LayerGroup,
@@ -42,6 +42,7 @@ from night_shift import (
 from packed_batches import Batch, PackedBatches
 from prime_device import has_native_bfloat16, is_out_of_memory
 from qwen_prime_wrapper import answer_loss, copy_tensors
+from vote_guard import Evidence, VoteGuard
 from vote_rules import Ballot, VoteRule, rule_named
 
 
@@ -141,6 +142,7 @@ class NightWatch:
     sentinel: AntigravitySentinel
     governor: TrainingGovernor | None
     contingency: MemoryContingency
+    guard: VoteGuard = field(default_factory=VoteGuard)
 
 
 @dataclass
@@ -282,7 +284,7 @@ class VoteTrainer:
         rate = learning_rate(self.recipe, self.done) * (self.watch.sentinel.heat if self.watch else 1.0)
         weight = count / answers
         for grid in self.grids.values():
-            grid.agreement = Agreement()
+            grid.begin_step()
         ran, total, learned, skipped = 0, 0.0, 0, 0
         fits = self._measure(micro_batches[0], weight)
         for k, batch in enumerate(micro_batches):
@@ -523,6 +525,14 @@ class VoteTrainer:
         travel = sum(m.travel * m.weights for m in result.moved.values())
         movement = travel / weights / result.rate if weights and result.rate > 0 else 0.0
         result.verdict = sentinel.judge(self.done, result.loss, movement, result.skipped, result.micro_batches)
+        if result.skipped < result.micro_batches and result.verdict.kind in ("ok", "spike", "non_finite"):
+            evidence = {
+                name: Evidence(grid.heard, grid.followed.share, grid.obeyed.share, result.moved[name].flips)
+                for name, grid in self.grids.items()
+                if name in result.moved
+            }
+            if (reason := self.watch.guard.look(evidence, result.rate)) is not None:
+                result.verdict = Verdict("end", reason, self.done)
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ FLOORS = {
     "entropy_coding": 0,
     "code_sandbox": 0,
     "text_records": 0,
+    "vote_guard": 0,
     "ghost_kernels": 1,
     "prime_checkpoint": 1,
     "low_bit": 1,
