@@ -314,13 +314,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         for r in own:
             if r["method"] in PEERS:
                 axis.plot(r["bits"], r["kl"], marker="s", markersize=5, color="#c4502e", linestyle="")
-                above = r["method"] not in ("Q4_0",)
+                x, y = {"Q4_K_M": (6, 4), "Q5_K_M": (6, -11)}.get(r["method"], (-6, 6))
                 axis.annotate(
                     r["method"],
                     (r["bits"], r["kl"]),
-                    xytext=(5, 4 if above else -11),
+                    xytext=(x, y),
                     textcoords="offset points",
                     fontsize=8,
+                    horizontalalignment="left" if x > 0 else "right",
                 )
         axis.set_yscale("log")
         axis.set_xlabel("bits a weight, everything counted")
