@@ -364,8 +364,10 @@ def measure_memory(name: str, method: str, config: TrainBench) -> dict[str, Any]
     bare = resident_bytes()
     reset_peak()
     trained = make_trained(model, METHODS[method], config.compute, config.seq_len)
-    for _ in range(2):
-        trained.step(config.micro_batches)
+    # The second step meets what the first leaves behind, and its second micro-batch the gradients of its first; more of
+    # either need no more.
+    trained.step(1)
+    trained.step(min(2, config.micro_batches))
     peak = peak_bytes()
     return {
         "bare_gb": round((bare - before) / 1e9, 3),
@@ -400,6 +402,7 @@ def bench_train(config: TrainBench) -> int:
     installed = [m for m in config.methods if METHODS[m].package is None or version_of(str(METHODS[m].package))]
     if config.profile is not None:
         return _profile(config, config.models[0], installed[0])
+    where = machine(*PACKAGES)
     results: list[dict[str, Any]] = []
     for name in config.models:
         lines = {m: {"model": name, "method": m, "version": _version(m)} for m in config.methods}
@@ -416,7 +419,6 @@ def bench_train(config: TrainBench) -> int:
             for m, speed in speeds.items():
                 lines[m] |= speed.figures(speeds.get(BASELINE))
         results += lines.values()
-    where = machine(*PACKAGES)
     rows = [[_cell(line.get(c)) for c in COLUMNS] for line in results]
     print_table(where, list(COLUMNS.values()), rows)
     print(
@@ -437,10 +439,8 @@ def _version(method: str) -> str:
 
 
 def _worker_arguments(name: str, method: str, config: TrainBench) -> list[str]:
-    # Memory does not grow with the number of micro-batches beyond the second, which meets the first one's gradients.
-    micro_batches = str(min(2, config.micro_batches))
     return [
-        *("train", "--worker", "--models", name, "--methods", method, "--micro-batches", micro_batches),
+        *("train", "--worker", "--models", name, "--methods", method, "--micro-batches", str(config.micro_batches)),
         *("--seq-len", str(config.seq_len), "--precision", config.compute),
     ]
 

@@ -365,7 +365,7 @@ class _KeepFunction(torch.autograd.Function):
 
     Gradient checkpointing ends a recomputation at the last tensor that the first pass saved, and what a Function saves
     counts only when its forward is done. Saved by the product itself, every layer's last product would be computed
-    once more for nothing: with a wide MLP a sixteenth of the step.
+    once more for nothing: with a wide MLP a sixteenth of a step's products.
     """
 
     @staticmethod

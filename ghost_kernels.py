@@ -159,15 +159,24 @@ def hash_keys(*parts: int) -> tuple[int, int]:
 # numba: compiled once per machine, kept in the cache folder beside this file
 
 
+_STRIDE = np.uint32(0x9E3779B1)
+
+
 @numba.njit(inline="always")
-def _hash(position, key0, key1):
+def _scramble(x, key1):
+    """The hash of an element from ``position * _STRIDE + key0``; along a row that sum needs an addition and no product,
+    the dearest of a vector's integer operations."""
     # numba widens uint32 products to 64 bits: every step is cut back.
-    x = np.uint32(np.uint32(position) * np.uint32(0x9E3779B1) + key0)
     x = np.uint32(x ^ (x >> np.uint32(16)))
     x = np.uint32(np.uint32(x * np.uint32(0x85EBCA6B)) ^ key1)
     x = np.uint32(x ^ (x >> np.uint32(13)))
     x = np.uint32(x * np.uint32(0xC2B2AE35))
     return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@numba.njit(inline="always")
+def _hash(position, key0, key1):
+    return _scramble(np.uint32(np.uint32(np.uint32(position) * _STRIDE) + key0), key1)
 
 
 # Arrays are indexed by unsigned numbers: with signed ones numba asks every time whether they count from the end.
@@ -259,20 +268,23 @@ def _cast_rows(
 ):
     top = np.float32(wide)
     half = np.int32(np.int32(np.int32(1) << shift) >> np.int32(1))
+    # Signs are changed by turning bits over, -v = ~v + 1.
+    turn = np.int32(np.int32(sign) >> np.int32(31))
     for k in range(start, stop):
         i = rows[k]
-        y = yardstick[i]
-        base = np.uint32(i * columns)
+        # A power of two changes no digit: 2^16 may meet the yardstick before the gradient does.
+        y = np.float32(yardstick[i] * np.float32(65536.0))
+        x = np.uint32(np.uint32(np.uint32(i * columns) * _STRIDE) + key0)
         total = np.int64(0)
         signed = np.int64(0)
         for j in range(columns):
-            t = gradient[k, j] * y * np.float32(65536.0)
             # Every sum of 32-bit numbers is cut back at once: numba widens it to 64 bits, half as many a register.
-            f = np.int32(np.rint(min(max(t, -top), top)))
-            h = _hash(base + np.uint32(j), key0, key1)
+            f = np.int32(np.rint(min(max(np.float32(gradient[k, j] * y), -top), top)))
+            h = _scramble(x, key1)
+            x = np.uint32(x + _STRIDE)
             r = np.int32(np.uint32(h + offset) & np.uint32(0xFFFF))
             v = np.int32(np.int32(min(max(f, -limit), limit) + r) >> np.int32(16))
-            votes[i, j] -= np.int32(v * sign)
+            votes[i, j] -= np.int32(np.int32(v ^ turn) - turn)
             q = np.int64(np.int32(np.int32(f + half) >> shift))
             total += q * q
             flip = np.int32(np.int32(h) >> np.int32(31))
