@@ -43,6 +43,7 @@ MEMORY_SETTINGS = {
     # Eight layers open from the first step, the next eight below from the second.
     "coder-512-window-8": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, "0:1:8", window=8),
     "hundred-million": MemorySetting("hundred-million", "momentum", 512),
+    "toy": MemorySetting("toy", "momentum", 64),
 }
 
 
@@ -127,7 +128,7 @@ def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
 
 def bench_memory(config: MemoryBench) -> int:
     """Measure each setting in a process of its own; as a worker, one of them."""
-    names = config.settings or tuple(MEMORY_SETTINGS)
+    names = config.settings or tuple(n for n in MEMORY_SETTINGS if n != "toy")
     if config.worker:
         print(json.dumps(measure_memory(names[0], config.steps, config.device)))
         return 0

@@ -53,6 +53,19 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
+    # Small enough for many measurements, large enough that products outweigh what surrounds them.
+    "growing": {
+        **_QWEN2,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "vocab_size": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "toy": {
         **_QWEN2,
         "hidden_size": 64,

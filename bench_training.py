@@ -405,7 +405,9 @@ def bench_train(config: TrainBench) -> int:
     where = machine(*PACKAGES)
     results: list[dict[str, Any]] = []
     for name in config.models:
-        lines = {m: {"model": name, "method": m, "version": _version(m)} for m in config.methods}
+        lines: dict[str, dict[str, Any]] = {
+            m: {"model": name, "method": m, "version": _version(m)} for m in config.methods
+        }
         if config.memory:
             # Before this process is large: the machine has one memory.
             for m in tqdm(installed, desc=f"{name}, memory", unit="method", leave=False, disable=None):

@@ -215,7 +215,7 @@ def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums
             saturated += 0 if inside else 1
             x = x if inside else np.float32(1.0)
             sizes[j] = x
-            words[j] = np.int32(x * np.float32(32768.0))
+            words[j] = np.uint32(np.int32(x * np.float32(32768.0)))
         for j in range(columns):
             x = sizes[j]
             bucket = _at(words[j])
@@ -235,9 +235,9 @@ def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums
             sizes[j] = half[_at(word)]
         for j in range(columns):
             w = weights[i, j]
-            word = np.int32(words[j])
-            zeros += 1 if word == 0 else 0
-            out[i, j] = word if w >= np.float32(0.0) else -word
+            signless = np.int32(words[j])
+            zeros += 1 if signless == 0 else 0
+            out[i, j] = signless if w >= np.float32(0.0) else -signless
             error = np.float64(abs(w)) - np.float64(sizes[j] * s)
             noise += error * error
             signal += np.float64(w) * np.float64(w)
@@ -325,7 +325,8 @@ def _draws(out, base, key0, key1):
 def _move(level, push, shrink, fixed, buckets, draw):
     """The level that a weight moves to, how far it was sent, and whether ±1 cut it short."""
     one = np.int64(1) << np.int64(40)
-    size = fixed[_at(min(abs(level), len(fixed) - 1))]
+    top = np.int64(len(fixed) - 1)
+    size = fixed[_at(np.int64(min(abs(level), top)))]
     size -= (size * shrink) >> np.int64(32)
     start = -size if level < 0 else size
     wanted = start + push
@@ -335,7 +336,7 @@ def _move(level, push, shrink, fixed, buckets, draw):
     low = np.int64(buckets[bucket])
     high = np.int64(buckets[bucket + _at(1)])
     # As in the snap: one comparison without a branch settles nearly all, since a bucket seldom holds two levels.
-    low += (low < high) & (fixed[_at(min(low + 1, len(fixed) - 1))] <= size)
+    low += (low < high) & (fixed[_at(np.int64(min(low + 1, top)))] <= size)
     if low < high and fixed[_at(low + 1)] <= size:
         while low < high:
             middle = (low + high + 1) >> 1
@@ -344,7 +345,7 @@ def _move(level, push, shrink, fixed, buckets, draw):
             else:
                 high = middle - 1
     rest = size - fixed[_at(low)]
-    gap = fixed[_at(min(low + 1, len(fixed) - 1))] - fixed[_at(low)]
+    gap = fixed[_at(np.int64(min(low + 1, top)))] - fixed[_at(low)]
     new = low + (np.int64(draw >> np.uint32(4)) * gap < rest << np.int64(28))
     return -new if target < 0 else new, abs(target - start), wanted != target
 
