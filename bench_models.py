@@ -74,7 +74,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "vocab_size": 320,
+        "vocab_size": 4096,
         "bos_token_id": 0,
         "eos_token_id": 0,
     },

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,30 @@ def run(arguments: list[str]) -> int:
     return prime_cli.run(bench.BenchConfig, bench.main, bench._ERRORS, arguments)
 
 
+@pytest.fixture
+def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers run in this process, whose allocator stays as it is; that they start is tested in test_bench_tools."""
+
+    def here(arguments: Sequence[str]) -> dict[str, Any]:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert run(list(arguments)) == 0
+        return json.loads(said.getvalue().splitlines()[-1])
+
+    for room in ("bench_training", "bench_memory", "bench_growth"):
+        monkeypatch.setattr(f"{room}.in_own_process", here)
+        monkeypatch.setattr(f"{room}.return_freed_memory", lambda: True)
+
+
+@pytest.mark.usefixtures("workers_here")
 @pytest.mark.parametrize("name", TINY)
 def test_a_sub_command(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [name, *TINY[name], "--json", str(tmp_path / "x.json")]
     if name == "grow":
-        axes = {"micro_batches": (bench_growth.AXES["micro_batches"][0], bench_growth.AXES["micro_batches"][1][:2])}
-        monkeypatch.setattr(bench_growth, "AXES", axes)
+        label, points = bench_growth.AXES["micro_batches"]
+        monkeypatch.setitem(bench_growth.AXES, "micro_batches", (label, points[:2]))
         arguments += ["--plot", str(tmp_path / "x.png")]
     if name == "train":
         arguments += ["--rounds", "1"]
