@@ -3,8 +3,10 @@
 Every method trains the same model on the same number of tokens in the same precision, with gradient checkpointing and
 the same loss: summed nats of the answer tokens (``answer_loss``), each method on its own copy. A step is K
 micro-batches, then the end of the step, which moves the weights; both are timed apart, so that a short step also
-says what a long one costs: K' micro-batches of the same kind and one end. What a method does only once in hundreds of
-steps (the projections of GaLore and APOLLO, torchao's compilation) happens in the first step, which does not count.
+says what a long one costs: K' micro-batches of the same kind and one end. Both are also given in seconds of the
+processor: where other programs come and go within a step, the clock says more of them than of the methods. What a
+method does only once in hundreds of steps (the projections of GaLore and APOLLO, torchao's compilation) happens in the
+first step, which does not count.
 
 Memory is resident memory. *Bare* is what the model adds when it stands, before any training; *over bare* the
 high-water mark of two steps above that; *process* the high-water mark of all, imports included.
@@ -185,16 +187,23 @@ class TrainBench:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one step: all of its micro-batches, and its end; of votes also what casting and applying took."""
+    """Seconds of one step: all of its micro-batches, and its end, on the clock and of the processor; of votes also what
+    casting and applying took."""
 
     micro_batches: float
     end: float
+    processor_micro_batches: float
+    processor_end: float
     casting: float = 0.0
     applying: float = 0.0
 
     def of_step(self, ran: int, count: int) -> float:
         """Seconds of a step of ``count`` micro-batches, from this one of ``ran``."""
         return self.micro_batches / ran * count + self.end
+
+    def processor_of_step(self, ran: int, count: int) -> float:
+        """The same in seconds of the processor, all threads together."""
+        return self.processor_micro_batches / ran * count + self.processor_end
 
 
 class Trained(Protocol):
@@ -220,17 +229,20 @@ class DenseStep:
 
     def step(self, count: int) -> Parts:
         """One step; gradients are dropped at its end, as transformers' Trainer does."""
-        started = time.perf_counter()
+        times, processor = [time.perf_counter()], [time.process_time()]
         for _ in range(count):
             batch = next(self.batches)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.compute == "bfloat16"):
                 loss, _ = answer_loss(self.model, batch.input_ids, batch.labels, batch.position_ids)
             (loss / (count * batch.answer_tokens)).backward()
             loss.item()
-        middle = time.perf_counter()
+        times.append(time.perf_counter())
+        processor.append(time.process_time())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Parts(middle - started, time.perf_counter() - middle)
+        times.append(time.perf_counter())
+        processor.append(time.process_time())
+        return Parts(times[1] - times[0], times[2] - times[1], processor[1] - processor[0], processor[2] - processor[1])
 
 
 class VoteStep:
@@ -259,12 +271,14 @@ class VoteStep:
     def step(self, count: int) -> Parts:
         """One step, its calls timed."""
         spent = {"cast": 0.0, "apply": 0.0, "micro": 0.0}
+        processor = dict.fromkeys(spent, 0.0)
 
         def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any, **options: Any) -> Any:
-                begun = time.perf_counter()
+                begun, worked = time.perf_counter(), time.process_time()
                 result = function(*arguments, **options)
                 spent[name] += time.perf_counter() - begun
+                processor[name] += time.process_time() - worked
                 return result
 
             return run
@@ -275,10 +289,17 @@ class VoteStep:
             mock.patch.object(vote_trainer, "apply_votes", timed("apply", vote_trainer.apply_votes)),
             mock.patch.object(trainer, "_cast", timed("micro", trainer._cast)),
         ):
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             trainer.step()
-            whole = time.perf_counter() - started
-        return Parts(spent["micro"], whole - spent["micro"], spent["cast"], spent["apply"])
+            whole, work = time.perf_counter() - started, time.process_time() - worked
+        return Parts(
+            spent["micro"],
+            whole - spent["micro"],
+            processor["micro"],
+            work - processor["micro"],
+            spent["cast"],
+            spent["apply"],
+        )
 
 
 def bare_model(name: str, method: Method) -> PreTrainedModel:
@@ -312,6 +333,11 @@ class Speed:
         """Seconds of a step of ``STEP`` micro-batches, round by round."""
         return Times(tuple(p.of_step(self.ran, STEP) for p in self.parts))
 
+    @cached_property
+    def processor_step(self) -> Times:
+        """The same in seconds of the processor, which other programs on the machine do not take away."""
+        return Times(tuple(p.processor_of_step(self.ran, STEP) for p in self.parts))
+
     def figures(self, baseline: Speed | None) -> dict[str, Any]:
         """Tokens per second at ``STEP`` micro-batches, with the middle half of the rounds, against the baseline's."""
         work = STEP * self.tokens
@@ -322,6 +348,9 @@ class Speed:
             "micro_batch_seconds": round(statistics.median(p.micro_batches / self.ran for p in self.parts), 4),
             "end_of_step_seconds": round(statistics.median(p.end for p in self.parts), 4),
             "speed_over_adamw": None if baseline is None else round(baseline.step.over(self.step), 3),
+            "processor_speed_over_adamw": None
+            if baseline is None
+            else round(baseline.processor_step.over(self.processor_step), 3),
         }
         if any(p.casting for p in self.parts):
             for name, seconds in (
@@ -385,6 +414,7 @@ COLUMNS = {
     "tokens_per_s": "tokens/s",
     "tokens_per_s_middle_half": "middle half",
     "speed_over_adamw": "x AdamW",
+    "processor_speed_over_adamw": "by CPU time",
     "casting_share": "casting",
     "applying_share": "applying",
     "bare_gb": "bare GB",

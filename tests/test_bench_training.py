@@ -29,7 +29,7 @@ def test_a_step_moves_what_the_method_trains(name: str) -> None:
     else:
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
     parts = trained.step(2)
-    assert parts.micro_batches > 0 and parts.end > 0
+    assert min(parts.micro_batches, parts.end, parts.processor_micro_batches, parts.processor_end) > 0
     if method.vote_rule:
         after = {n: g.indices for n, g in grids_of(model).items()}
         assert 0 < parts.casting < parts.micro_batches and 0 < parts.applying < parts.end
@@ -62,13 +62,13 @@ def test_low_rank_methods_project_the_inner_matrices_alone() -> None:
 
 
 def test_a_long_step_is_computed_from_a_short_one() -> None:
-    parts = training.Parts(micro_batches=4.0, end=1.0, casting=0.4, applying=0.5)
-    assert parts.of_step(2, 32) == 65.0
+    parts = training.Parts(4.0, 1.0, processor_micro_batches=2.0, processor_end=0.5, casting=0.4, applying=0.5)
+    assert parts.of_step(2, 32) == 65.0 and parts.processor_of_step(2, 32) == 32.5
     speed = training.Speed((parts, replace(parts, end=2.0), parts), ran=2, tokens=100)
     slower = training.Speed(tuple(replace(p, micro_batches=8.0) for p in speed.parts), ran=2, tokens=100)
     figures = speed.figures(slower)
     assert figures["tokens_per_s"] == round(32 * 100 / 65, 1)
-    assert figures["speed_over_adamw"] == round(129 / 65, 3)
+    assert figures["speed_over_adamw"] == round(129 / 65, 3) and figures["processor_speed_over_adamw"] == 1.0
     assert figures["casting_share"] == round(0.2 * 32 / 65, 4)
     assert figures["applying_share"] == round(0.5 / 65, 4)
 
