@@ -272,14 +272,15 @@ def _cast_rows(
     turn = np.int32(np.int32(sign) >> np.int32(31))
     for k in range(start, stop):
         i = rows[k]
-        # A power of two changes no digit: 2^16 may meet the yardstick before the gradient does.
-        y = np.float32(yardstick[i] * np.float32(65536.0))
+        y = yardstick[i]
         x = np.uint32(np.uint32(np.uint32(i * columns) * _STRIDE) + key0)
         total = np.int64(0)
         signed = np.int64(0)
         for j in range(columns):
             # Every sum of 32-bit numbers is cut back at once: numba widens it to 64 bits, half as many a register.
-            f = np.int32(np.rint(min(max(np.float32(gradient[k, j] * y), -top), top)))
+            # 2^16 must not meet the yardstick first: its product may be infinite where the gradient's is not.
+            t = np.float32(np.float32(gradient[k, j] * y) * np.float32(65536.0))
+            f = np.int32(np.rint(min(max(t, -top), top)))
             h = _scramble(x, key1)
             x = np.uint32(x + _STRIDE)
             r = np.int32(np.uint32(h + offset) & np.uint32(0xFFFF))
