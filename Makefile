@@ -29,7 +29,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-dev
+	$(BIN)/python qwen_prime_bench.py train
+	$(BIN)/python qwen_prime_bench.py generate
 	$(BIN)/python qwen_prime_bench.py kernels
+	$(BIN)/python qwen_prime_bench.py grow
 	$(BIN)/python qwen_prime_bench.py import
 
 $(VENV)/installed: requirements.txt

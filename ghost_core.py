@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -402,13 +403,34 @@ def _row_range(rows: slice, device: torch.device) -> torch.Tensor:
     return torch.arange(rows.start, rows.stop, device=device)
 
 
-class _LinearFunction(torch.autograd.Function):
-    """``x @ W.T`` over a grid, row slice by row slice; the backward casts votes."""
+class _KeepFunction(torch.autograd.Function):
+    """Saves the input of a product for its votes, before the product is computed.
+
+    Gradient checkpointing ends a recomputation at the last tensor that the first pass saved, and what a Function saves
+    counts only when its forward is done. Saved by the product itself, every layer's last product would be computed
+    once more for nothing: with a wide MLP a sixteenth of a step's products.
+    """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor | None, grid: GhostGrid) -> torch.Tensor:
-        ctx.grid = grid
+    def forward(ctx, anchor: torch.Tensor, x: torch.Tensor, contexts: list):
         ctx.save_for_backward(x)
+        contexts.append(ctx)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return None, None, None
+
+
+class _LinearFunction(torch.autograd.Function):
+    """``x @ W.T`` over a grid, row slice by row slice; the backward casts votes.
+
+    ``keeper`` is the context of the :class:`_KeepFunction` that holds ``x``, None where no gradient is wanted.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor | None, keeper: Any, grid: GhostGrid) -> torch.Tensor:
+        ctx.grid, ctx.keeper, ctx.shape = grid, keeper, x.shape
         flat = x.reshape(-1, x.shape[-1])
         parts = list(grid.slices())
         if len(parts) == 1:
@@ -421,20 +443,28 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        (x,) = ctx.saved_tensors
         grid: GhostGrid = ctx.grid
-        flat = x.reshape(-1, x.shape[-1])
-        gradient = gradient.reshape(len(flat), grid.shape[0])
-        votes = grid.wants_gradient()
+        gradient = gradient.reshape(-1, grid.shape[0])
+        votes = ctx.keeper is not None and grid.wants_gradient()
+        flat = ctx.keeper.saved_tensors[0].reshape(-1, grid.shape[1]) if votes else None
         below = None
         for k, rows in enumerate(grid.slices()):
             part = gradient[:, rows]
             if ctx.needs_input_grad[0]:
                 product = part @ grid.dequantize(rows, gradient.dtype)
                 below = product if below is None else below.add_(product)
-            if votes:
+            if flat is not None:
                 grid.accept(part.T @ flat, _row_range(rows, flat.device), _USE_LINEAR, k)
-        return None if below is None else below.view_as(x), None, None
+        return None if below is None else below.view(ctx.shape), None, None, None
+
+
+def _linear(x: torch.Tensor, grid: GhostGrid) -> torch.Tensor:
+    """``x @ W.T`` of a grid, float ``(..., in)`` to ``(..., out)``; its backward casts votes."""
+    anchor = grid.anchor if torch.is_grad_enabled() else None
+    contexts: list[Any] = []
+    if anchor is not None:
+        anchor = _KeepFunction.apply(anchor, x.detach(), contexts)
+    return _LinearFunction.apply(x, anchor, contexts[0] if contexts else None, grid)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -465,6 +495,8 @@ class _CrossEntropyFunction(torch.autograd.Function):
 
     Forward keeps a running maximum and sum (online softmax, Milakov and Gimelshein 2018); backward computes each
     slice's logits again. One extra product of the head buys the memory of logits, their gradient and the dense head.
+    Where one slice is the whole vocabulary and its logits are no larger than a slice of weights, they are kept
+    instead: backward would need that memory anyway, and it comes next.
     """
 
     @staticmethod
@@ -473,8 +505,12 @@ class _CrossEntropyFunction(torch.autograd.Function):
         top = x.new_full((len(x),), -math.inf, dtype=torch.float32)
         total = torch.zeros_like(top)
         picked = torch.zeros_like(top)
-        for rows in grid.slices():
+        slices = list(grid.slices())
+        ctx.logits = None
+        for rows in slices:
             logits = (x @ grid.dequantize(rows, x.dtype).T).float()
+            if len(slices) == 1 and logits.numel() <= SLICE_ELEMENTS and any(ctx.needs_input_grad):
+                ctx.logits = logits
             new_top = torch.maximum(top, logits.max(1).values)
             total = total * (top - new_top).exp() + (logits - new_top[:, None]).exp_().sum(1)
             top = new_top
@@ -493,7 +529,11 @@ class _CrossEntropyFunction(torch.autograd.Function):
         below = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for k, rows in enumerate(grid.slices()):
             weights = grid.dequantize(rows, x.dtype)
-            part = ((x @ weights.T).float() - norm[:, None]).exp_()
+            logits = (x @ weights.T).float() if ctx.logits is None else ctx.logits
+            # A second pass over the same graph must find no logits that the first has changed.
+            ctx.logits = None
+            part = logits.sub_(norm[:, None]).exp_()
+            del logits
             here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
             part[here, targets[here] - rows.start] -= 1.0
             part = part.mul_(gradient).to(x.dtype)
@@ -546,7 +586,7 @@ class GhostLinearTandem(nn.Module):
         return self.grid.fine_idx
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _LinearFunction.apply(_autocast(x), self.grid.anchor, self.grid)
+        y = _linear(_autocast(x), self.grid)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

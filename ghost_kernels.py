@@ -159,10 +159,14 @@ def hash_keys(*parts: int) -> tuple[int, int]:
 # numba: compiled once per machine, kept in the cache folder beside this file
 
 
+_STRIDE = np.uint32(0x9E3779B1)
+
+
 @numba.njit(inline="always")
-def _hash(position, key0, key1):
+def _scramble(x, key1):
+    """The hash of an element from ``position * _STRIDE + key0``; along a row that sum needs an addition and no product,
+    the dearest of a vector's integer operations."""
     # numba widens uint32 products to 64 bits: every step is cut back.
-    x = np.uint32(np.uint32(position) * np.uint32(0x9E3779B1) + key0)
     x = np.uint32(x ^ (x >> np.uint32(16)))
     x = np.uint32(np.uint32(x * np.uint32(0x85EBCA6B)) ^ key1)
     x = np.uint32(x ^ (x >> np.uint32(13)))
@@ -170,44 +174,71 @@ def _hash(position, key0, key1):
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
+@numba.njit(inline="always")
+def _hash(position, key0, key1):
+    return _scramble(np.uint32(np.uint32(np.uint32(position) * _STRIDE) + key0), key1)
+
+
+# Arrays are indexed by unsigned numbers: with signed ones numba asks every time whether they count from the end.
+_at = np.uintp
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _dequantize_rows(indices, scale, values, out, start, stop):
     for i in range(start, stop):
         s = scale[i]
         for j in range(indices.shape[1]):
-            out[i, j] = values[np.int32(indices[i, j]) + 32768] * s
+            # The sign bit turned over is what adding 32768 does to 16 bits.
+            out[i, j] = values[_at(np.uint16(indices[i, j]) ^ np.uint16(0x8000))] * s
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+# Sums of squares may be added up in any order, so that they vectorise; nothing else here is a sum.
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums, start, stop):
-    # No array is indexed by a value that was not brought into [0, 1] first: NaN saturates.
+    # Three passes over a row in the cache: the outer two vectorise, and the middle one, all lookups, has no branch
+    # that a processor guesses wrong. Two comparisons settle 98% of weights; the search below is for those near zero,
+    # where a bucket holds many levels. No array is indexed by a value that was not brought into [0, 1] first: NaN
+    # saturates.
+    columns = weights.shape[1]
+    half = values[32768:]
+    sizes = np.empty(columns, np.float32)
+    words = np.empty(columns, np.uint32)
     zeros = 0
     saturated = 0
     signal = 0.0
     noise = 0.0
     for i in range(start, stop):
         s = scale[i]
-        for j in range(weights.shape[1]):
+        for j in range(columns):
+            x = abs(weights[i, j] / s)
+            inside = x <= np.float32(1.0)
+            saturated += 0 if inside else 1
+            x = x if inside else np.float32(1.0)
+            sizes[j] = x
+            words[j] = np.uint32(np.int32(x * np.float32(32768.0)))
+        for j in range(columns):
+            x = sizes[j]
+            bucket = _at(words[j])
+            low = np.uint32(buckets[bucket])
+            low += np.uint32(thresholds[_at(low) + _at(1)] <= x)
+            low += np.uint32(thresholds[_at(low) + _at(1)] <= x)
+            if thresholds[_at(low) + _at(1)] <= x:
+                high = np.uint32(buckets[bucket + _at(1)])
+                while low < high:
+                    middle = np.uint32((low + high + np.uint32(1)) >> np.uint32(1))
+                    if thresholds[_at(middle)] <= x:
+                        low = middle
+                    else:
+                        high = np.uint32(middle - np.uint32(1))
+            word = np.uint32(low << vote_bits)
+            words[j] = word
+            sizes[j] = half[_at(word)]
+        for j in range(columns):
             w = weights[i, j]
-            x = abs(w / s)
-            if not (x <= np.float32(1.0)):
-                saturated += 1
-                x = np.float32(1.0)
-            bucket = np.int32(x * np.float32(32768.0))
-            low = buckets[bucket]
-            high = buckets[bucket + 1]
-            while low < high:
-                middle = (low + high + 1) >> 1
-                if thresholds[middle] <= x:
-                    low = middle
-                else:
-                    high = middle - 1
-            word = low << vote_bits
-            word = word if w >= np.float32(0.0) else -word
-            out[i, j] = word
-            if low == 0:
-                zeros += 1
-            error = np.float64(w) - np.float64(values[word + 32768] * s)
+            signless = np.int32(words[j])
+            zeros += 1 if signless == 0 else 0
+            out[i, j] = signless if w >= np.float32(0.0) else -signless
+            error = np.float64(abs(w)) - np.float64(sizes[j] * s)
             noise += error * error
             signal += np.float64(w) * np.float64(w)
     sums[0] += zeros
@@ -236,24 +267,29 @@ def _cast_rows(
     stop,
 ):
     top = np.float32(wide)
-    half = (np.int32(1) << shift) >> np.int32(1)
+    half = np.int32(np.int32(np.int32(1) << shift) >> np.int32(1))
+    # Signs are changed by turning bits over, -v = ~v + 1.
+    turn = np.int32(np.int32(sign) >> np.int32(31))
     for k in range(start, stop):
         i = rows[k]
         y = yardstick[i]
-        base = np.uint32(i * columns)
+        x = np.uint32(np.uint32(np.uint32(i * columns) * _STRIDE) + key0)
         total = np.int64(0)
         signed = np.int64(0)
         for j in range(columns):
-            t = gradient[k, j] * y * np.float32(65536.0)
+            # Every sum of 32-bit numbers is cut back at once: numba widens it to 64 bits, half as many a register.
+            # 2^16 must not meet the yardstick first: its product may be infinite where the gradient's is not.
+            t = np.float32(np.float32(gradient[k, j] * y) * np.float32(65536.0))
             f = np.int32(np.rint(min(max(t, -top), top)))
-            h = _hash(base + np.uint32(j), key0, key1)
-            r = np.int32((h + offset) & np.uint32(0xFFFF))
-            v = (min(max(f, -limit), limit) + r) >> np.int32(16)
-            votes[i, j] -= v * sign
-            q = np.int64((f + half) >> shift)
+            h = _scramble(x, key1)
+            x = np.uint32(x + _STRIDE)
+            r = np.int32(np.uint32(h + offset) & np.uint32(0xFFFF))
+            v = np.int32(np.int32(min(max(f, -limit), limit) + r) >> np.int32(16))
+            votes[i, j] -= np.int32(np.int32(v ^ turn) - turn)
+            q = np.int64(np.int32(np.int32(f + half) >> shift))
             total += q * q
-            flip = np.int32(h) >> np.int32(31)
-            signed += (f ^ flip) - flip
+            flip = np.int32(np.int32(h) >> np.int32(31))
+            signed += np.int64(np.int32(np.int32(f ^ flip) - flip))
         squares[i] += total * sign
         sketch[i] += signed * sign
 
@@ -280,33 +316,39 @@ def _whisper_rows(gradient, rows, yardstick, gate, votes, sizes, squares, sign, 
 
 
 @numba.njit(inline="always")
+def _draws(out, base, key0, key1):
+    """The hashes of a row's elements; apart from what uses them, because only so do they vectorise."""
+    for j in range(len(out)):
+        out[j] = _hash(base + np.uint32(j), key0, key1)
+
+
+@numba.njit(inline="always")
 def _move(level, push, shrink, fixed, buckets, draw):
-    """The level that a weight moves to and how far it was sent; the second is negative if ±1 cut it short."""
+    """The level that a weight moves to, how far it was sent, and whether ±1 cut it short."""
     one = np.int64(1) << np.int64(40)
-    size = fixed[min(abs(level), len(fixed) - 1)]
+    top = np.int64(len(fixed) - 1)
+    size = fixed[_at(np.int64(min(abs(level), top)))]
     size -= (size * shrink) >> np.int64(32)
     start = -size if level < 0 else size
     wanted = start + push
     target = min(max(wanted, -one), one)
     size = abs(target)
-    bucket = size >> np.int64(25)
-    low = buckets[bucket]
-    high = buckets[bucket + 1]
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if fixed[middle] <= size:
-            low = middle
-        else:
-            high = middle - 1
-    rest = size - fixed[low]
-    new = np.int64(low)
-    if rest > 0:
-        gap = fixed[low + 1] - fixed[low]
-        if np.int64(draw >> np.uint32(4)) * gap < rest << np.int64(28):
-            new += 1
-    if target < 0:
-        new = -new
-    return new, abs(target - start), wanted != target
+    bucket = _at(size >> np.int64(25))
+    low = np.int64(buckets[bucket])
+    high = np.int64(buckets[bucket + _at(1)])
+    # As in the snap: one comparison without a branch settles nearly all, since a bucket seldom holds two levels.
+    low += (low < high) & (fixed[_at(np.int64(min(low + 1, top)))] <= size)
+    if low < high and fixed[_at(low + 1)] <= size:
+        while low < high:
+            middle = (low + high + 1) >> 1
+            if fixed[_at(middle)] <= size:
+                low = middle
+            else:
+                high = middle - 1
+    rest = size - fixed[_at(low)]
+    gap = fixed[_at(np.int64(min(low + 1, top)))] - fixed[_at(low)]
+    new = low + (np.int64(draw >> np.uint32(4)) * gap < rest << np.int64(28))
+    return -new if target < 0 else new, abs(target - start), wanted != target
 
 
 @numba.njit(inline="always")
@@ -320,22 +362,27 @@ def _apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, ca
     flips = np.int64(0)
     travel = np.int64(0)
     clipped = np.int64(0)
+    draws = np.empty(columns, np.uint32)
     for i in range(start, stop):
         step = stride[i]
         base = np.uint32(i * columns)
+        _draws(draws, base, keys[0], keys[1])
         for j in range(columns):
             m = np.int64(votes[i, j])
             if m == 0 and shrink == 0:
                 continue
-            position = base + np.uint32(j)
             old = np.int64(indices[i, j])
-            new, way, cut = _move(old, m * step, shrink, fixed, buckets, _hash(position, keys[0], keys[1]))
+            new, way, cut = _move(old, m * step, shrink, fixed, buckets, draws[j])
+            moved = new != old
             clipped += cut
-            if new != old:
-                flips += 1
-                travel += way
-                indices[i, j] = new
-            votes[i, j] = _fade(m, decay, carry, _hash(position, keys[2], keys[3]))
+            flips += moved
+            travel += way if moved else 0
+            indices[i, j] = new
+        _draws(draws, base, keys[2], keys[3])
+        for j in range(columns):
+            m = np.int64(votes[i, j])
+            # Nothing fades to nothing whatever is drawn: decay is at most 2^16 and the draw below that.
+            votes[i, j] = _fade(m, decay, carry, draws[j]) if m != 0 else 0
     counts[0] += flips
     counts[1] += travel
     counts[2] += clipped
@@ -347,22 +394,25 @@ def _apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carr
     flips = np.int64(0)
     travel = np.int64(0)
     clipped = np.int64(0)
+    draws = np.empty(columns, np.uint32)
+    fades = np.empty(columns, np.uint32)
     for i in range(start, stop):
         step = stride[i]
         base = np.uint32(i * columns)
+        _draws(draws, base, keys[0], keys[1])
+        _draws(fades, base, keys[2], keys[3])
         for j in range(columns):
             word = np.int64(words[i, j])
             old = (word + half) >> bits
             m = word - (old << bits)
             if m == 0 and shrink == 0:
                 continue
-            position = base + np.uint32(j)
-            new, way, cut = _move(old, m * step, shrink, fixed, buckets, _hash(position, keys[0], keys[1]))
+            new, way, cut = _move(old, m * step, shrink, fixed, buckets, draws[j])
+            moved = new != old
             clipped += cut
-            if new != old:
-                flips += 1
-                travel += way
-            words[i, j] = (new << bits) + _fade(m, decay, carry, _hash(position, keys[2], keys[3]))
+            flips += moved
+            travel += way if moved else 0
+            words[i, j] = (new << bits) + _fade(m, decay, carry, fades[j])
     counts[0] += flips
     counts[1] += travel
     counts[2] += clipped
@@ -748,7 +798,7 @@ def snap(
     _check("out", out, torch.int16, (rows, columns), device)
     if backend_for(device, backend) == "numba":
         tables = (manifold.thresholds.numpy(), manifold.threshold_buckets.numpy(), manifold.values.numpy())
-        bits = np.int32(manifold.vote_bits)
+        bits = np.uint32(manifold.vote_bits)
         parts: dict[int, np.ndarray] = {}
 
         def run(start: int, stop: int) -> None:

@@ -139,6 +139,9 @@ def _step_lines(
     columns = min(max(1, SLICE_ELEMENTS // head.shape[1]), head.shape[0])
     # Logits, their softmax and its cast; weights and their gradient; the hidden states, normed, and their gradient.
     head_peak = 2 * 4 * tokens * columns + 2 * _slice_bytes(head, width) + 4 * row
+    if graph and settings.gradient_checkpointing:
+        # The top layer is not computed again and waits, without the gradients that make up half of its share.
+        head_peak += layer // 2
     mask = settings.batch_size * settings.seq_len**2 * 5
     peak, where = max((layer_peak, "in a layer"), (head_peak, "in the head"))
     lines = [

@@ -386,7 +386,7 @@ def _optimizer(method: Method, parameters: list[torch.nn.Parameter]) -> torch.op
     return torch.optim.AdamW(parameters, lr=0.0, betas=method.betas, weight_decay=0.0)
 
 
-def _add_adapters(model: PreTrainedModel, seed: int) -> None:
+def add_adapters(model: PreTrainedModel, seed: int) -> None:
     """LoRA of rank 16 on every linear layer of the decoder, in place; only the adapters want gradients afterwards."""
     import peft
 
@@ -475,7 +475,7 @@ def execute(run: Run, task: Task, data_root: Path, device: str = "cpu") -> dict[
         hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = to_grid(model, hf_config, manifolds.build(method.manifold))
     elif method.family == "lora":
-        _add_adapters(model, run.seed)
+        add_adapters(model, run.seed)
     model.to(torch.device(device))  # type: ignore[arg-type]
 
     def score(part: EncodedSet) -> float | None:

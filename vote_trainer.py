@@ -222,6 +222,9 @@ class VoteTrainer:
             # The newer name where transformers has it; the older one warns there.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+            # The backward pass reaches the top layer next: it would compute again what has just been there. Head and
+            # layers have their peaks of memory at different times.
+            model.model.layers[-1].gradient_checkpointing = False
         if watch is None:
             self.supervisor.apply(0)
         model.train()

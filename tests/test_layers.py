@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "manifolds": 0,
     "prime_telemetry": 0,
+    "bench_tools": 0,
     "prime_cli": 0,
     "prime_device": 0,
     "whole_output": 0,
@@ -26,6 +27,8 @@ FLOORS = {
     "answer_masks": 1,
     "run_reader": 1,
     "vote_rules": 2,
+    "step_profile": 2,
+    "bench_kernels": 2,
     "prime_pack": 2,
     "run_folder": 2,
     "run_summary": 2,
@@ -54,7 +57,14 @@ FLOORS = {
     "core_eval": 7,
     "prime_quality": 7,
     "low_bit_packing": 8,
+    "bench_models": 8,
+    "bench_quality": 8,
     "prime_hf": 8,
+    "bench_import": 9,
+    "bench_memory": 9,
+    "bench_training": 9,
+    "bench_generation": 9,
+    "bench_growth": 9,
     "qwen_prime_importer": 9,
     "qwen_prime_train": 9,
     "verify_qwen_prime": 9,
@@ -62,8 +72,8 @@ FLOORS = {
     "qwen_prime_eval": 9,
     "qwen_prime_pack": 9,
     "qwen_prime_chat": 9,
-    "qwen_prime_bench": 9,
     "monitor_qwen": 9,
+    "qwen_prime_bench": 10,
 }
 
 

@@ -206,7 +206,7 @@ def test_lora_trains_the_adapters_alone(task: quality.Task) -> None:
     pytest.importorskip("peft")
     model, _, batches = make_parts(task)
     base = clone_tree(dict(model.state_dict()))
-    quality._add_adapters(model, seed=0)
+    quality.add_adapters(model, seed=0)
     recipe = Recipe(steps=1, grad_accum=2, lr=1e-2, warmup=0, gradient_checkpointing=False, device="cpu")
     trainer = quality.DenseTrainer(model, batches(), recipe, quality.METHODS["lora"])
     trainer.step()

@@ -1,0 +1,86 @@
+"""What methods learn and forget, as a table: runs what the results file lacks, then reads it (``prime_quality``)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import prime_quality as quality
+from bench_tools import SCRIPT, BenchError, machine, print_table
+from prime_telemetry import read_lines
+
+
+@dataclass(frozen=True)
+class QualityBench:
+    """Compare training methods: held-out loss of a new domain, and what it costs in the old one."""
+
+    tasks: tuple[str, ...] = tuple(quality.TASKS)
+    """Which tasks, by name."""
+    methods: tuple[str, ...] = quality.DEFAULT_METHODS
+    """Which methods, by name."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Order of the data and random draws."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates instead of the task's and method's own."""
+    steps: int | None = None
+    """Steps instead of the task's own; results of other numbers of steps are not compared."""
+    data_root: Path = Path("../shared/data")
+    """Folder of the corpora and models that are not in assets/."""
+    results: Path = Path("runs/quality/results.jsonl")
+    """Where results are kept; runs that are in it are not run again."""
+    markdown: Path | None = None
+    """Also write the summary as a markdown table."""
+    jobs: int = 2
+    """Worker processes at a time."""
+    threads: int = 1
+    """Threads of each."""
+    device: str = "cpu"
+    """Where to train."""
+    summary: bool = False
+    """Run nothing; print the summary of the results that are there."""
+    worker: bool = False
+    """For internal use: execute the one selected run in this process and print its results line."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", quality.TASKS), ("methods", quality.METHODS)):
+            chosen = getattr(self, name)
+            if not chosen or (unknown := [x for x in chosen if x not in known]):
+                raise ValueError(f"{name} has {unknown[0] if chosen else 'none'}, expected of {', '.join(known)}")
+        if not self.seeds:
+            raise ValueError("seeds has none, expected at least one")
+        if any(not 0 < rate <= 1 for rate in self.lrs):
+            raise ValueError(f"lrs is {self.lrs}, expected each above 0 and at most 1")
+        for name in ("steps", "jobs", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+
+
+def bench_quality(config: QualityBench) -> int:
+    """Run what is missing, then print the comparison; as a worker, one run and its results line."""
+    if not config.summary:
+        for name in config.methods:
+            quality.check_method(name)
+        tasks = [quality.check_task(name, config.data_root) for name in config.tasks]
+        runs = quality.plan(tasks, config.methods, config.seeds, rates=config.lrs, steps=config.steps)
+        if config.worker:
+            if len(runs) != 1:
+                raise BenchError(f"a worker executes one run, got {len(runs)}")
+            result = quality.execute(runs[0], tasks[0], config.data_root, config.device)
+            where = machine()
+            print(json.dumps({**result, "machine": where, "commit": where["commit"]}, allow_nan=False))
+            return 0
+        quality.run_all(
+            runs,
+            lambda run: quality.worker_command(run, SCRIPT, config.data_root, config.device),
+            config.results,
+            jobs=config.jobs,
+            threads=config.threads,
+        )
+    lines = [x for x in read_lines(config.results) if x["task"] in config.tasks and x["method"] in config.methods]
+    rows = quality.summary(lines, config.steps)
+    print_table(f"{config.results}: nats per token", quality.COLUMNS, [quality.cells(row) for row in rows])
+    if config.markdown:
+        config.markdown.write_text(quality.markdown(rows), encoding="utf-8")
+    return 0
