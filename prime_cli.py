@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from harmless_text import harmless
+
 PositionalPath = Annotated[Path, tyro.conf.Positional]
 """A path given by its place on the command line."""
 
@@ -33,7 +35,9 @@ def run(
         config_class: a dataclass, or a union of dataclasses that are subcommands.
         errors: those whose message is meant for the user.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Harmless("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -45,11 +49,19 @@ def run(
     try:
         return main(config)
     except errors as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A message quotes what it complains of: rows, names, what a library says of them over several lines.
+        print(f"error: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+
+
+class _Harmless(logging.Formatter):
+    """Log lines quote data and names of files; escapes in them are for show only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record), 20_000)
 
 
 def _one_line(box: str) -> str:

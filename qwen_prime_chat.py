@@ -36,6 +36,7 @@ import prime_cli
 import prime_hf  # noqa: F401  its import registers the plug-in for folders of indices
 from chat_session import Chat, ChatError, Reply, Sampling
 from ghost_core import grids_of
+from harmless_text import harmless
 from prime_checkpoint import CheckpointError
 from prime_device import DeviceError, check_device, has_native_bfloat16, memory_available
 from qwen_prime_wrapper import ModelError, count_parameters, load_model, restore_modules
@@ -48,10 +49,6 @@ HELP = """/reset          forget the conversation
 /help           this list
 /quit           leave, as Ctrl-D
 A line that ends with \\ goes on with the next. Ctrl-C stops an answer."""
-_HIDDEN = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: 0x2421}
-_HIDDEN_TEXT = {i: f"\\x{i:02x}" for i in range(128, 160)} | {
-    i: f"\\u{i:04x}" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,6 @@ class ChatConfig:
             raise ValueError(f"max-new-tokens is {self.max_new_tokens}, expected at least 1")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty")
-
-
-def harmless(text: str) -> str:
-    """Text whose control characters, other than line ends and tabs, are visible symbols; directional overrides too."""
-    return text.translate({**_HIDDEN, **_HIDDEN_TEXT})
 
 
 def open_model(path: Path, weights: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -173,7 +165,7 @@ def say(chat: Chat, text: str) -> Reply:
     """Stream one answer to standard output."""
 
     def emit(piece: str) -> None:
-        sys.stdout.write(harmless(piece))
+        sys.stdout.write(harmless(piece, len(piece)))
         sys.stdout.flush()
 
     with interruptible() as stopped:
@@ -190,7 +182,7 @@ def side_by_side(names: list[str], texts: list[str]) -> Table:
     table = Table(expand=True, show_edge=False, pad_edge=False)
     for name in names:
         table.add_column(Text(harmless(name)), ratio=1, overflow="fold")
-    table.add_row(*(Text(harmless(text)) for text in texts))
+    table.add_row(*(Text(harmless(text, len(text))) for text in texts))
     return table
 
 
@@ -216,7 +208,7 @@ def say_both(chats: list[Chat], names: list[str], text: str) -> Reply:
     else:
         for k, name in enumerate(names):
             run(k, lambda: None)
-            print(f"== {name}\n{harmless(texts[k])}", flush=True)
+            print(f"== {name}\n{harmless(texts[k], len(texts[k]))}", flush=True)
     for name, reply in zip(names, replies, strict=True):
         _note_dropped(reply)
         note(f"{name} {summary(reply)}")

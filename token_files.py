@@ -70,8 +70,11 @@ def read_tokens(path: Path, sha256: str | None = None) -> tuple[EncodedSet, dict
     if len(columns["record"]) != len(starts) - 1 or (len(columns["input_ids"]) and columns["input_ids"].min() < 0):
         raise DataError(f"{path}: its columns do not fit together")
     columns["answer"] = columns["answer"].astype(bool)
-    counts: dict[str, Any] = {name: int(header[name]) for name in ("seq_len", "cut", "dropped", "split_texts")}
-    return EncodedSet(**columns, **counts), header["about"]
+    try:
+        counts: dict[str, Any] = {name: int(header[name]) for name in ("seq_len", "cut", "dropped", "split_texts")}
+        return EncodedSet(**columns, **counts), dict(header["about"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: its header lacks or spoils a field: {type(error).__name__}: {error}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -172,7 +172,7 @@ def test_a_dense_copy_that_does_not_fit(
 def test_no_answer_steers_the_terminal() -> None:
     text = "a\x1b[31mred\x07\x9b2J\r\x7f\u202eab\u2066\tok\n\u00e9\u4e2d"
     shown = program.harmless(text)
-    assert shown == "a\u241b[31mred\u2407\\x9b2J\u240d\u2421\\u202eab\\u2066\tok\n\u00e9\u4e2d"
+    assert shown == "a\u241b[31mred\u2407\\u009b2J\u240d\u2421\\u202eab\\u2066\tok\n\u00e9\u4e2d"
 
 
 def run(*arguments: object) -> int:
