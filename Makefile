@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/python assets/demo.py
 
 test: $(VENV)/installed-dev browser
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 browser:
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \

@@ -59,21 +59,12 @@ def test_killed_at_random_nothing_is_lost(stage: Stage, reference: tuple) -> Non
     assert not tally.losses
 
 
-def test_the_harness_notices_a_loss(stage: Stage, reference: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that forgets its votes on resume, and one that saves without renaming, are both found out."""
+def test_the_harness_notices_a_loss(stage: Stage, reference: tuple) -> None:
+    """A trainer that forgets its votes when it resumes."""
     expected, calls, _ = reference
     tally = Tally()
-    restore = kill_runs.train.VoteTrainer.restore
-
-    def forgetful(self: Any, checkpoint: dict[str, Any]) -> None:
-        restore(self, checkpoint)
-        for grid in self.model.modules():
-            for tensor in getattr(grid, "vote_state", dict)().values():
-                tensor.zero_()
-
-    monkeypatch.setattr(kill_runs.train.VoteTrainer, "restore", forgetful)
     last_replace = len(calls) - calls[::-1].index("replace")
-    strike(stage, last_replace, "before", "replace", expected, tally)
+    strike(stage, last_replace, "before", "replace", expected, tally, sabotage=True)
     assert len(tally.losses) == 1 and "differ" in tally.losses[0]
 
 

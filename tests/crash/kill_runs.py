@@ -23,12 +23,9 @@ tests/test_crash.py checks it: content on the disk before its name, the name bef
 from __future__ import annotations
 
 import argparse
-import builtins
-import errno
 import hashlib
-import io
 import json
-import logging
+import multiprocessing
 import os
 import platform
 import random
@@ -51,97 +48,18 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import torch  # noqa: E402
 from tiny_models import import_source, tiny_config, write_source  # noqa: E402
 
-import prime_cli  # noqa: E402
-import qwen_prime_train as train  # noqa: E402
+from crash import child  # noqa: E402
+from crash.child import Faults  # noqa: E402
 from prime_checkpoint import load_checkpoint, tensor_sha256  # noqa: E402
 from prime_telemetry import read_lines  # noqa: E402
 from run_folder import RunFolder  # noqa: E402
 
 STEPS, SAVE_EVERY, NAME = 4, 2, "tiny"
-
-
-# -- faults -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Faults:
-    """Counts the calls by which this process changes a folder, and strikes at one of them.
-
-    Attributes:
-        folder: whose files count.
-        at: number of the call to strike at, from 1; 0 never.
-        kind: ``before``, ``torn`` or ``full``.
-        calls: names of the calls so far.
-    """
-
-    folder: str
-    at: int = 0
-    kind: str = "before"
-    calls: list[str] = field(default_factory=list)
-    full: bool = False
-
-    def install(self) -> None:
-        """Put itself around the functions; for a process that is about to end."""
-        for name in ("fsync", "chmod", "replace", "rename", "link", "unlink", "truncate"):
-            setattr(os, name, self._around(name, getattr(os, name)))
-        opened = builtins.open
-
-        def watched_open(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
-            if not set(mode) & set("wax+") or not self._inside(file):
-                return opened(file, mode, *rest, **more)
-            self._strike("open")
-            return _Watched(opened(file, mode, *rest, **more), self)
-
-        builtins.open = io.open = watched_open  # type: ignore[assignment]
-
-    def _inside(self, target: Any) -> bool:
-        if isinstance(target, int):
-            target = os.readlink(f"/proc/self/fd/{target}")
-        return os.path.abspath(os.fspath(target)).startswith(self.folder)
-
-    def _around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(target: Any, *rest: Any, **more: Any) -> Any:
-            if self._inside(target):
-                self._strike(name)
-            return function(target, *rest, **more)
-
-        return watched
-
-    def _strike(self, name: str) -> bool:
-        """Count a call; True if the caller is to write half and then die."""
-        self.calls.append(name)
-        if len(self.calls) == self.at:
-            if self.kind == "torn" and name == "write":
-                return True
-            if self.kind != "full":
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.full = True
-        if self.full and name in ("open", "write", "fsync", "link"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return False
-
-
-class _Watched:
-    """A file whose writes count."""
-
-    def __init__(self, file: Any, faults: Faults) -> None:
-        self._file, self._faults = file, faults
-
-    def write(self, data: Any) -> int:
-        if self._faults._strike("write"):
-            self._file.write(data[: len(data) // 2])
-            self._file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._file.close()
+PATIENCE = 240
+"""Seconds that a run may take, on a machine however busy."""
+CONTEXT = multiprocessing.get_context("forkserver")
+# Forked from a process that has no threads and has imported everything: a start costs nothing and inherits no locks.
+CONTEXT.set_forkserver_preload(["crash.child"])
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -155,6 +73,8 @@ class Stage:
 
     @staticmethod
     def build(folder: Path) -> Stage:
+        # The server's own search path is not ours: what it cannot import it leaves to each of its children.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
         import_source(write_source(folder / "source", tiny_config()), folder / f"{NAME}_prime_init.pt")
         texts = [{"text": f"{n} and {n + 1} and {n * n} make a line of text."} for n in range(80)]
         (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
@@ -182,35 +102,32 @@ class Stage:
         flags = ["--no-core-eval", *(["--resume"] if resume else [])]
         return [str(part) for pair in settings.items() for part in pair] + flags
 
-    def start(self, run: Path, faults: Faults | None = None) -> int:
-        """Begin or go on in a process of its own; its id."""
+    def start(self, run: Path, faults: Faults | None = None, sabotage: bool = False) -> Any:
+        """Begin or go on in a process of its own."""
         resume = bool(RunFolder(run, NAME, 1).saved())
-        child = os.fork()
-        if child:
-            return child
-        code = 70
-        try:
-            log = os.open(self.folder / "child.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
-            logging.getLogger().handlers.clear()
-            if faults is not None:
-                faults.install()
-            code = prime_cli.run(train.TrainConfig, train.main, train.ERRORS, self.arguments(run, resume))
-            if faults is not None and not faults.at:
-                (self.folder / "calls.json").write_text(json.dumps(faults.calls))
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        calls = self.folder / "calls.json" if faults is not None and not faults.at else None
+        arguments = (self.arguments(run, resume), self.folder / "child.log", faults, calls, sabotage)
+        process = CONTEXT.Process(target=child.run, args=arguments)
+        process.start()
+        return process
 
     def said(self) -> str:
         """What the last process printed."""
         return (self.folder / "child.log").read_text(errors="replace").strip()
 
 
-def wait(child: int) -> int:
+class Lost(Exception):
+    """A run that did not come back as it should have."""
+
+
+def wait(process: Any) -> int:
     """Exit code of a process, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise Lost(f"a run did not end within {PATIENCE} s")
+    return process.exitcode
 
 
 def state_hash(path: Path) -> str:
@@ -248,11 +165,7 @@ def last_reported(run: Path) -> int:
     return max((e["step"] for e in read_lines(run / "events.jsonl") if e.get("event") == "save"), default=-1)
 
 
-class Lost(Exception):
-    """A run that did not come back as it should have."""
-
-
-def finish(stage: Stage, run: Path, expected: dict[str, Any]) -> None:
+def finish(stage: Stage, run: Path, expected: dict[str, Any], sabotage: bool = False) -> None:
     """Resume a disturbed run to its end and compare.
 
     Raises:
@@ -265,7 +178,7 @@ def finish(stage: Stage, run: Path, expected: dict[str, Any]) -> None:
         raise Lost(f"step {reported} was saved, the newest whole checkpoint is of step {step}")
     starts = sum(e.get("event") == "start" for e in read_lines(run / "events.jsonl"))
     if step != STEPS:
-        code = wait(stage.start(run))
+        code = wait(stage.start(run, sabotage=sabotage))
         if code != 0:
             raise Lost(f"the resumed run ended with {code}: {stage.said()[-300:]}")
         later = [e for e in read_lines(run / "events.jsonl") if e.get("event") == "start"][starts:]
@@ -300,8 +213,10 @@ class Tally:
             self.losses.append(f"{name}: {error}")
 
 
-def strike(stage: Stage, at: int, kind: str, call: str, expected: dict[str, Any], tally: Tally) -> None:
-    """One trial of the kinds ``before``, ``torn`` and ``full``."""
+def strike(
+    stage: Stage, at: int, kind: str, call: str, expected: dict[str, Any], tally: Tally, sabotage: bool = False
+) -> None:
+    """One trial of the kinds ``before``, ``torn`` and ``full``; with ``sabotage`` the resumed run is a bad one."""
     run = stage.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     code = wait(stage.start(run, Faults(str(run), at, kind)))
@@ -314,7 +229,7 @@ def strike(stage: Stage, at: int, kind: str, call: str, expected: dict[str, Any]
                 raise Lost(f"a full disk ended it with {code}: {stage.said()[-300:]}")
         elif code != -signal.SIGKILL:
             raise Lost(f"was not killed but ended with {code}: {stage.said()[-300:]}")
-        finish(stage, run, expected)
+        finish(stage, run, expected, sabotage)
 
     tally.count(kind, 0 if kind == "full" else 1, name, check)
 
@@ -325,10 +240,10 @@ def at_random(stage: Stage, seconds: float, kills: int, seed: int, expected: dic
     shutil.rmtree(run, ignore_errors=True)
     done = 0
     for _ in range(kills):
-        child = stage.start(run)
+        process = stage.start(run)
         time.sleep(draw.uniform(0.05, seconds))
-        os.kill(child, signal.SIGKILL)
-        code = wait(child)
+        process.kill()
+        code = wait(process)
         done += code == -signal.SIGKILL
         if code == 0:
             break
