@@ -44,6 +44,8 @@ from vote_rules import rule_named
 from vote_trainer import Recipe, VoteTrainer
 
 CARD = 24_000_000_000
+FIGURES = ("processor_seconds", "peak_mb")
+"""What lines are fitted to: a shared machine's clock says when others worked, too."""
 LARGE = ("Qwen2.5-7B", "Qwen2.5-14B")
 
 
@@ -97,7 +99,8 @@ class GrowBench:
 
 
 def measure_point(point: Point, geometry: str, steps: int) -> dict[str, Any]:
-    """Train in this process, which must be a fresh one: seconds of a step, and peak memory over the imports."""
+    """Train in this process, which must be a fresh one: seconds of a step on the clock and of the processor, all threads
+    together, and peak memory over the imports."""
     return_freed_memory()
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     before = resident_bytes()
@@ -106,16 +109,18 @@ def measure_point(point: Point, geometry: str, steps: int) -> dict[str, Any]:
     batches: Any = Endless(model.config.vocab_size, point.seq_len)
     recipe = Recipe(steps=steps + 1, grad_accum=point.micro_batches, lr=1e-4, compute="float32", device="cpu")
     trainer = VoteTrainer(model, batches, recipe)
-    seconds = []
+    seconds, processor = [], []
     for _ in range(steps + 1):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         trainer.step()
         seconds.append(time.perf_counter() - started)
+        processor.append(time.process_time() - worked)
     plan = memory_plan.Settings(seq_len=point.seq_len, compute="float32")
     return {
         **asdict(point),
         "parameters": count_parameters(model),
         "step_seconds": round(statistics.median(seconds[1:]), 4),
+        "processor_seconds": round(statistics.median(processor[1:]), 4),
         "peak_mb": round((peak_bytes() - before) / 1e6, 1),
         "planned_mb": round(memory_plan.total(memory_plan.budget(model, plan)) / 1e6, 1),
     }
@@ -183,7 +188,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     figure, cells = plt.subplots(2, len(found), figsize=(3.6 * len(found), 5.6), layout="constrained", squeeze=False)
     for column, (axis, part) in enumerate(found.items()):
         xs = [x_of(axis, line) for line in part["points"]]
-        for cell, key, label in zip(cells[:, column], ("step_seconds", "peak_mb"), ("s a step", "MB"), strict=True):
+        for cell, key, label in zip(cells[:, column], FIGURES, ("processor s a step", "MB"), strict=True):
             line = part["lines"][key]
             cell.plot(xs, [line["start"] + line["slope"] * x for x in xs], color="#bbbbbb", linewidth=1.2)
             cell.plot(xs, [p[key] for p in part["points"]], "o", color="#1f6f8b", label="measured")
@@ -211,9 +216,9 @@ def bench_grow(config: GrowBench) -> int:
     for axis in config.axes:
         points = [_in_own_process(p, config) for p in tqdm(AXES[axis][1], desc=axis, leave=False, disable=None)]
         xs = [x_of(axis, line) for line in points]
-        lines = {key: straight(xs, [line[key] for line in points]) for key in ("step_seconds", "peak_mb")}
+        lines = {key: straight(xs, [line[key] for line in points]) for key in FIGURES}
         found[axis] = {"points": points, "lines": lines}
-    columns = ("axis", "parameters", "layers", "seq_len", "micro_batches", "step_seconds", "peak_mb", "planned_mb")
+    columns = ("axis", "parameters", "layers", "seq_len", "micro_batches", "step_seconds", *FIGURES, "planned_mb")
     rows = [[axis, *(line[c] for c in columns[1:])] for axis, part in found.items() for line in part["points"]]
     print_table(where, columns, rows)
     fits = [

@@ -28,8 +28,10 @@ def test_large_models_are_planned_and_compact_is_smaller() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    points = [{"seq_len": n, "step_seconds": float(n), "peak_mb": 5.0 + n, "planned_mb": 6.0 + n} for n in (1, 2, 4)]
-    lines = {k: growth.straight([1, 2, 4], [p[k] for p in points]) for k in ("step_seconds", "peak_mb")}
+    points = [
+        {"seq_len": n, "processor_seconds": float(n), "peak_mb": 5.0 + n, "planned_mb": 6.0 + n} for n in (1, 2, 4)
+    ]
+    lines = {k: growth.straight([1, 2, 4], [p[k] for p in points]) for k in growth.FIGURES}
     pytest.importorskip("matplotlib")
     growth.draw(tmp_path / "growth.png", {"seq_len": {"points": points, "lines": lines}})
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

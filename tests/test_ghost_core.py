@@ -631,6 +631,47 @@ def test_gradient_checkpointing_changes_no_vote(mode: str, slices: int | None) -
         assert not torch.equal(state[key], twice[name][key]), name
 
 
+def products(run: Callable[[], Any]) -> int:
+    """How many matrix products a computation makes."""
+    with Watch() as watch:
+        run()
+    return sum(name.startswith(("aten.mm", "aten.addmm", "aten.matmul")) for name, _, _ in watch.seen)
+
+
+def test_a_recomputation_leaves_out_the_last_product() -> None:
+    """Two layers, the second of which needs nothing but the input that is there once the first is computed again."""
+    ballot = Ballot(rule=PLAIN)
+    first, last = (GhostLinearTandem(new_grid(19, 19, seed, ballot)) for seed in (61, 62))
+    for layer in (first, last):
+        arm(layer.grid, 40.0)
+    x = randn(7, 19, seed=63).requires_grad_()
+    ballot.open("cast", 0, 0, 1)
+
+    def run(recompute: bool) -> None:
+        both = lambda x: last(first(x).sin())  # noqa: E731
+        out = checkpoint(both, x, use_reentrant=False) if recompute else both(x)
+        out.sum().backward()
+
+    plain, recomputed = products(lambda: run(False)), products(lambda: run(True))
+    assert plain == 6 and recomputed == plain + 1
+
+
+def test_a_head_of_one_slice_computes_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ballot = Ballot(rule=PLAIN)
+    grid = new_grid(23, 19, 64, ballot)
+    arm(grid, 40.0)
+    targets = randint(23, (46,), 66)
+    ballot.open("cast", 0, 0, 1)
+    results = []
+    for limit, expected in ((core.SLICE_ELEMENTS, 3), (23 * 19, 4)):
+        # The second limit takes the weights in one slice, but not the logits, which are larger.
+        monkeypatch.setattr(core, "SLICE_ELEMENTS", limit)
+        x = randn(46, 19, seed=65).requires_grad_()
+        assert products(lambda x=x: ghost_cross_entropy(x, targets, grid).backward()) == expected
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
 def test_votes_point_against_the_gradient() -> None:
     """A step along the votes lowers the loss, for each use of a grid by itself; embeddings as much as projections."""
     ids, targets = randint(37, (4, 9), 52), randint(37, (4, 9), 53)

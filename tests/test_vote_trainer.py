@@ -172,6 +172,11 @@ def test_gradient_checkpointing_changes_no_bit(bench: Bench, name: str) -> None:
     assert prints[0] == prints[1]
 
 
+def test_all_layers_but_the_top_are_computed_again(bench: Bench) -> None:
+    layers = bench.trainer(gradient_checkpointing=True).model.model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True] * (len(layers) - 1) + [False]
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_order_in_which_micro_batches_run_changes_no_bit_of_words_and_votes(bench: Bench, name: str) -> None:
     """Each keeps its number; only the turn changes. Norms and biases sum floats, so theirs may differ by rounding."""
