@@ -99,8 +99,8 @@ class GrowBench:
 
 
 def measure_point(point: Point, geometry: str, steps: int) -> dict[str, Any]:
-    """Train in this process, which must be a fresh one: seconds of a step on the clock and of the processor, all threads
-    together, and peak memory over the imports."""
+    """Train in this process, which must be a fresh one: seconds of a step on the clock and of the processor, all
+    threads together, and peak memory over the imports."""
     return_freed_memory()
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     before = resident_bytes()
@@ -126,8 +126,9 @@ def measure_point(point: Point, geometry: str, steps: int) -> dict[str, Any]:
     }
 
 
-def straight(xs: Sequence[float], ys: Sequence[float]) -> dict[str, float]:
-    """The least-squares line through points, how straight they are (R²), and their rise from first to last."""
+def straight(xs: Sequence[float], ys: Sequence[float]) -> dict[str, float | None]:
+    """The least-squares line through points, how straight they are (R²), and their rise from first to last, None where
+    the first is nothing (memory that had been there already)."""
     slope, start = np.polyfit(xs, ys, 1)
     rest = np.asarray(ys) - (slope * np.asarray(xs) + start)
     spread = float(np.var(ys))
@@ -135,7 +136,7 @@ def straight(xs: Sequence[float], ys: Sequence[float]) -> dict[str, float]:
         "slope": float(slope),
         "start": float(start),
         "r2": round(1.0 - float(np.var(rest)) / spread, 4) if spread > 0 else 1.0,
-        "rise": round(ys[-1] / ys[0], 3),
+        "rise": round(ys[-1] / ys[0], 3) if ys[0] > 0 else None,
     }
 
 
@@ -222,7 +223,7 @@ def bench_grow(config: GrowBench) -> int:
     rows = [[axis, *(line[c] for c in columns[1:])] for axis, part in found.items() for line in part["points"]]
     print_table(where, columns, rows)
     fits = [
-        [axis, key, f"{line['slope']:.4g}", line["r2"], line["rise"]]
+        [axis, key, f"{line['slope']:.4g}", line["r2"], "" if line["rise"] is None else line["rise"]]
         for axis, part in found.items()
         for key, line in part["lines"].items()
     ]

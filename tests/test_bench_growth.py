@@ -15,6 +15,7 @@ def test_a_line_through_points_on_a_line_and_off_it() -> None:
     assert line["slope"] == pytest.approx(2) and line["start"] == pytest.approx(3)
     assert line["r2"] == 1.0 and line["rise"] == 2.2
     assert growth.straight([1, 2, 3, 4], [1.0, 4.0, 9.0, 16.0])["r2"] < 0.98
+    assert growth.straight([1, 2], [0.0, 3.0])["rise"] is None
 
 
 def test_large_models_are_planned_and_compact_is_smaller() -> None:
