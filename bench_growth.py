@@ -99,8 +99,8 @@ class GrowBench:
 
 
 def measure_point(point: Point, geometry: str, steps: int) -> dict[str, Any]:
-    """Train in this process, which must be a fresh one: seconds of a step on the clock and of the processor, all threads
-    together, and peak memory over the imports."""
+    """Train in this process, which must be a fresh one: seconds of a step, on the clock and of the processor
+    (all threads together), and peak memory over the imports."""
     return_freed_memory()
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     before = resident_bytes()
