@@ -34,8 +34,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,24 +275,54 @@ def places(calls: list[str], writes: int) -> list[int]:
     return sorted([*sampled, *(at for at, call in enumerate(calls, 1) if call != "write")])
 
 
+Trial = Callable[[Stage, dict[str, Any], float], None]
+
+
+def in_turns(stages: list[Stage], trials: Iterator[Trial]) -> list[str]:
+    """Let every stage take trials from a common list until it is empty; the calls of an undisturbed run."""
+    lock, calls = threading.Lock(), []
+
+    def work(stage: Stage) -> None:
+        expected, found, seconds = undisturbed(stage)
+        calls.append(found)
+        while True:
+            with lock:
+                trial = next(trials, None)
+            if trial is None:
+                return
+            trial(stage, expected, seconds)
+
+    with ThreadPoolExecutor(len(stages)) as pool:
+        list(pool.map(work, stages))
+    return calls[0]
+
+
+def all_trials(stage: Stage, tally: Tally, kills: int) -> Iterator[Trial]:
+    """Every trial of a long run; those at random moments as long as there are fewer than ``kills`` kills."""
+    _, calls, _ = undisturbed(stage)
+    print(f"an undisturbed run writes by {len(calls)} calls", flush=True)
+    plan = [(at, "before") for at in places(calls, 40)]
+    plan += [(at, "torn") for at in places(calls, 60) if calls[at - 1] == "write"]
+    plan += [(at, "full") for at in places(calls, 20)]
+    for number, (at, kind) in enumerate(plan):
+        yield lambda stage, expected, _, at=at, kind=kind: strike(stage, at, kind, calls[at - 1], expected, tally)
+        if number % 25 == 24:
+            print(f"{number + 1} of {len(plan)}: {tally.kills} kills, {len(tally.losses)} losses", flush=True)
+    seed = 0
+    while tally.kills < kills:
+        yield lambda stage, expected, seconds, seed=seed: at_random(stage, seconds, 4, seed, expected, tally)
+        seed += 1
+
+
 def main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     begun, tally = time.perf_counter(), Tally()
     with tempfile.TemporaryDirectory() as name:
-        stage = Stage.build(Path(name))
-        expected, calls, seconds = undisturbed(stage)
-        print(f"an undisturbed run writes by {len(calls)} calls in {seconds:.1f} s", flush=True)
-        plan = [(at, "before") for at in places(calls, 40)]
-        plan += [(at, "torn") for at in places(calls, 60) if calls[at - 1] == "write"]
-        plan += [(at, "full") for at in places(calls, 20)]
-        for number, (at, kind) in enumerate(plan):
-            strike(stage, at, kind, calls[at - 1], expected, tally)
-            if number % 25 == 24:
-                print(f"{number + 1} of {len(plan)}: {tally.kills} kills, {len(tally.losses)} losses", flush=True)
-        seed = 0
-        while tally.kills < arguments.kills:
-            at_random(stage, seconds, 4, seed, expected, tally)
-            seed += 1
+        folders = [Path(name) / str(number) for number in range(arguments.jobs + 1)]
+        for folder in folders:
+            folder.mkdir()
+        first, *stages = map(Stage.build, folders)
+        calls = in_turns(stages, all_trials(first, tally, arguments.kills))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     report = {
         "kills": tally.kills,
@@ -314,5 +346,6 @@ def main(arguments: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="at least so many, the rest of them at random moments")
+    parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
     parser.add_argument("--json", type=Path, help="also write the summary here")
     raise SystemExit(main(parser.parse_args()))
