@@ -101,7 +101,8 @@ def test_unpacked_it_passes_verification_and_scores_alike(checkpoint: Path, text
 def test_healing_keeps_what_it_learned_of_norms(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     packed = tmp_path / "x"
     arguments = ("--data", texts, "--heal", "3", "--heal-lr", "0.01", "--seq-len", "64", "--calibration-tokens", "512")
-    assert run("pack", checkpoint, "--bits", "4", *arguments, "--output", packed) == 0
+    assert run("pack", checkpoint, "--bits", "4", *arguments, "--output", packed, "--json", tmp_path / "j") == 0
+    assert json.loads((tmp_path / "j").read_text())["bits per weight, model"] <= 4
     before, after = load_checkpoint(checkpoint)["model"], read_checkpoint(packed)["model"]
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
