@@ -536,6 +536,9 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
                 "begin"
             )
         source, checkpoint = found
+        state = checkpoint["train_state"]
+        if state.get("best") and state["best"]["step"] == state["step"]:
+            folder.make_best(source)
     else:
         checkpoint = load_checkpoint(source)
     tokenizer = tokenizer_from_checkpoint(checkpoint)

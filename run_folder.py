@@ -74,17 +74,21 @@ class RunFolder:
         path = self.folder / f"{self.name}_prime_step_{step}.pt"
         save_checkpoint(checkpoint, path)
         if is_best:
-            beside = self.best.with_suffix(".new")
-            beside.unlink(missing_ok=True)
-            _link_or_copy(path, beside)
-            os.replace(beside, self.best)
-            sync(self.folder)
+            self.make_best(path)
         if prune:
             saved = self.saved()
             past = [file for number, file in saved if number <= step]
             for old in [*past[: -self.keep_last], *(file for number, file in saved if number > step)]:
                 old.unlink()
         return path
+
+    def make_best(self, path: Path) -> None:
+        """Make a checkpoint the best one; also where a run was killed between writing it and this."""
+        beside = self.best.with_suffix(".new")
+        beside.unlink(missing_ok=True)
+        _link_or_copy(path, beside)
+        os.replace(beside, self.best)
+        sync(self.folder)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -45,6 +45,16 @@ def test_killed_at_calls_of_a_save_nothing_is_lost(stage: Stage, reference: tupl
     assert tally.kills == 5 and not tally.losses
 
 
+def test_killed_behind_the_last_save_the_best_is_still_made(stage: Stage, reference: tuple) -> None:
+    expected, calls, _ = reference
+    replaces = [at for at, call in enumerate(calls, 1) if call == "replace"]
+    tally = Tally()
+    for at in (replaces[-1], replaces[-1] - 1, replaces[-1] + 1):
+        strike(stage, at, "before", calls[at - 1], expected, tally)
+    strike(stage, replaces[-1], "full", "replace", expected, tally)
+    assert not tally.losses
+
+
 def test_a_full_disk_ends_a_run_and_not_its_checkpoints(stage: Stage, reference: tuple) -> None:
     expected, calls, _ = reference
     tally = Tally()
@@ -63,8 +73,9 @@ def test_the_harness_notices_a_loss(stage: Stage, reference: tuple) -> None:
     """A trainer that forgets its votes when it resumes."""
     expected, calls, _ = reference
     tally = Tally()
-    last_replace = len(calls) - calls[::-1].index("replace")
-    strike(stage, last_replace, "before", "replace", expected, tally, sabotage=True)
+    # The last replaces are those of step 4 and of the best: before the first of these the run goes on from step 2.
+    replaces = [at for at, call in enumerate(calls, 1) if call == "replace"]
+    strike(stage, replaces[-2], "before", "replace", expected, tally, sabotage=True)
     assert len(tally.losses) == 1 and "differ" in tally.losses[0]
 
 
