@@ -84,6 +84,9 @@ class RunFolder:
 
     def make_best(self, path: Path) -> None:
         """Make a checkpoint the best one; also where a run was killed between writing it and this."""
+        if self.best.exists() and self.best.samefile(path):
+            # Renaming one link over another of the same file does nothing and leaves both.
+            return
         beside = self.best.with_suffix(".new")
         beside.unlink(missing_ok=True)
         _link_or_copy(path, beside)
