@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -162,9 +163,13 @@ class GhostGrid(nn.Module):
             yield slice(start, min(start + step, rows))
 
     def dequantize(self, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Weights of a range of rows, ``(rows, in)``."""
-        weights = kernels.dequantize(self.indices[rows], self.scale[rows], self.tables(), backend=self.ballot.backend)
-        return weights if dtype == torch.float32 else weights.to(dtype)
+        """Weights of a range of rows, ``(rows, in)``, computed in float32 and rounded once."""
+        indices, scale = self.indices, self.scale
+        if rows != slice(None) and rows != slice(0, len(scale)):
+            indices, scale = indices[rows], scale[rows]
+        fused = dtype if dtype == torch.bfloat16 else torch.float32
+        weights = kernels.dequantize(indices, scale, self.tables(), backend=self.ballot.backend, dtype=fused)
+        return weights if fused == dtype else weights.to(dtype)
 
     def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Weights of chosen rows: int64 ``(n,)`` to float32 ``(n, in)``."""
@@ -279,7 +284,8 @@ class GhostGrid(nn.Module):
         elif ballot.mode == "cast":
             if not ballot.listening or ballot.micro_batch > 0 or self.agreement.use not in (None, use):
                 self._vote(gradient, rows, use, part, 1)
-                self.heard = True
+                if not self.heard:
+                    self.heard = True
                 return
             self.agreement.use = use
             chosen = _spread(len(rows), gradient.device)
@@ -399,8 +405,10 @@ def _spread(count: int, device: torch.device) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(count, _LISTEN_ROWS), device=device).long()
 
 
-def _row_range(rows: slice, device: torch.device) -> torch.Tensor:
-    return torch.arange(rows.start, rows.stop, device=device)
+@lru_cache(maxsize=256)
+def _row_range(start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Row numbers, int64; shared, not to be written to."""
+    return torch.arange(start, stop, device=device)
 
 
 class _KeepFunction(torch.autograd.Function):
@@ -454,7 +462,7 @@ class _LinearFunction(torch.autograd.Function):
                 product = part @ grid.dequantize(rows, gradient.dtype)
                 below = product if below is None else below.add_(product)
             if flat is not None:
-                grid.accept(part.T @ flat, _row_range(rows, flat.device), _USE_LINEAR, k)
+                grid.accept(part.T @ flat, _row_range(rows.start, rows.stop, flat.device), _USE_LINEAR, k)
         return None if below is None else below.view(ctx.shape), None, None, None
 
 
@@ -541,7 +549,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
                 below.addmm_(part, weights)
             del weights
             if votes:
-                grid.accept(part.T @ x, _row_range(rows, x.device), _USE_LINEAR, k)
+                grid.accept(part.T @ x, _row_range(rows.start, rows.stop, x.device), _USE_LINEAR, k)
         return below, None, None, None
 
 

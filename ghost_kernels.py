@@ -36,6 +36,7 @@ from the autograd thread beside the main one: a plain pool of threads over rows 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -95,6 +96,7 @@ class VoteUnits:
     stat_shift: int
 
     @staticmethod
+    @functools.lru_cache(maxsize=256)
     def for_buffer(bits: int, micro_batches: int, uses: int = 1) -> VoteUnits:
         """Units of a buffer of 6, 8 or 16 bits in a step of so many micro-batches, each using the grid ``uses`` times.
 
@@ -192,6 +194,20 @@ def _dequantize_rows(indices, scale, values, out, start, stop):
             out[i, j] = values[_at(np.uint16(indices[i, j]) ^ np.uint16(0x8000))] * s
 
 
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _dequantize_rows_bfloat16(indices, scale, values, out, start, stop):
+    # The bits of bfloat16 are the upper half of float32's, rounded to even; weights are finite.
+    row = np.empty(indices.shape[1], np.float32)
+    bits = row.view(np.uint32)
+    for i in range(start, stop):
+        s = scale[i]
+        for j in range(indices.shape[1]):
+            row[j] = values[_at(np.uint16(indices[i, j]) ^ np.uint16(0x8000))] * s
+        for j in range(indices.shape[1]):
+            odd = np.uint32((bits[j] >> np.uint32(16)) & np.uint32(1))
+            out[i, j] = np.uint16(np.uint32(np.uint32(bits[j] + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
+
+
 # Sums of squares may be added up in any order, so that they vectorise; nothing else here is a sum.
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums, start, stop):
@@ -245,6 +261,14 @@ def _snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums
     sums[1] += saturated
     sums[2] += signal
     sums[3] += noise
+
+
+@numba.njit(nogil=True, cache=True)
+def _all_below(rows, count):
+    inside = True
+    for row in rows:
+        inside &= 0 <= row < count
+    return inside
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -514,7 +538,7 @@ def _dequantize_reference(indices: torch.Tensor, scale: torch.Tensor, manifold: 
     for rows in _row_slices(*indices.shape):
         part = slice(rows.start, rows.stop)
         picked = manifold.values[indices[part].int() + 32768]
-        torch.mul(picked, scale[part, None], out=out[part])
+        out[part] = picked.mul_(scale[part, None])
 
 
 def _snap_reference(
@@ -677,7 +701,7 @@ def backend_for(device: torch.device | str, wanted: str | None = None) -> str:
     Raises:
         KernelError: a backend that does not exist or does not serve the device.
     """
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     if wanted is None:
         return "numba" if kind == "cpu" else "torch"
     if wanted not in BACKENDS:
@@ -695,7 +719,7 @@ def _matrix(name: str, tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+    if tensor.dtype != dtype or tensor.shape != shape:
         raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
     if tensor.device != device:
         raise KernelError(f"{name} is on {tensor.device}, expected {device} like the rest")
@@ -712,29 +736,37 @@ def dequantize(
     manifold: Manifold,
     out: torch.Tensor | None = None,
     backend: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Weights ``manifold[index] * scale[row]``.
+    """Weights ``manifold[index] * scale[row]``, computed in float32 and rounded once.
 
     Args:
         indices: int16 ``(out, in)``.
-        scale: float32 ``(out,)``.
+        scale: float32 ``(out,)``, finite.
         manifold: on the same device.
-        out: float32 ``(out, in)`` to write into; allocated where None.
+        out: ``(out, in)`` of type ``dtype`` to write into; allocated where None.
+        dtype: float32 or bfloat16.
 
     Returns:
-        ``out``, float32 ``(out, in)``.
+        ``out``.
     """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise KernelError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
     rows, columns = _matrix("indices", indices)
     device = indices.device
     _check("indices", indices, torch.int16, (rows, columns), device)
     _check("scale", scale, torch.float32, (rows,), device)
     _check_table(manifold, device)
     if out is None:
-        out = torch.empty(rows, columns, dtype=torch.float32, device=device)
-    _check("out", out, torch.float32, (rows, columns), device)
+        out = torch.empty(rows, columns, dtype=dtype, device=device)
+    _check("out", out, dtype, (rows, columns), device)
     if backend_for(device, backend) == "numba":
-        arrays = (indices.numpy(), scale.detach().numpy(), manifold.values.numpy(), out.numpy())
-        _run_rows(_dequantize_rows, rows, indices.numel(), *arrays)
+        arrays = (indices.numpy(), scale.detach().numpy(), manifold.values.numpy())
+        if dtype == torch.float32:
+            _run_rows(_dequantize_rows, rows, indices.numel(), *arrays, out.numpy())
+        else:
+            _run_rows(_dequantize_rows_bfloat16, rows, indices.numel(), *arrays, out.view(torch.uint16).numpy())
     else:
         _dequantize_reference(indices, scale.detach(), manifold, out)
     return out
@@ -840,7 +872,7 @@ def _check_cast(
     if sign not in (1, -1):
         raise KernelError(f"sign is {sign}, expected 1 or -1")
     name = backend_for(device, backend)
-    if name == "numba" and count and not (int(rows.min()) >= 0 and int(rows.max()) < out_rows):
+    if name == "numba" and not _all_below(rows.numpy(), out_rows):
         raise KernelError(f"rows run from {int(rows.min())} to {int(rows.max())}, expected 0 to {out_rows - 1}")
     return name
 

@@ -129,16 +129,17 @@ def _step_lines(
     graph = len(layers) if open_layers == len(layers) else open_layers
     kept = (graph if settings.gradient_checkpointing else 0) * row
     layer = _layer_bytes(config, tokens, width)
-    slices = [_slice_bytes(g, width) for group in layers for g in group.grids.values()]
-    widest = max(slices, default=0)
+    widest = max((_slice(g) for group in layers for g in group.grids.values()), default=0)
+    # Gradients come in the type of the products and are read as float32.
+    dense, gradient = width, 4 if width == 4 else 4 + width
     # Dense weights and their gradient, or the next slice's weights beside this one's gradient.
-    layer_peak = layer + 2 * widest if graph else layer + widest
+    layer_peak = layer + widest * (dense + gradient if graph else dense)
     if not settings.gradient_checkpointing:
         layer_peak += layer * max(0, graph - 1)
     head = max(top.grids.values(), key=lambda g: g.indices.numel())
     columns = min(max(1, SLICE_ELEMENTS // head.shape[1]), head.shape[0])
     # Logits, their softmax and its cast; weights and their gradient; the hidden states, normed, and their gradient.
-    head_peak = 2 * 4 * tokens * columns + 2 * _slice_bytes(head, width) + 4 * row
+    head_peak = 2 * 4 * tokens * columns + _slice(head) * (dense + gradient) + 4 * row
     if graph and settings.gradient_checkpointing:
         # The top layer is not computed again and waits, without the gradients that make up half of its share.
         head_peak += layer // 2
@@ -167,11 +168,10 @@ def _layer_bytes(config: Any, tokens: int, width: int) -> int:
     return norms + attention + mlp
 
 
-def _slice_bytes(grid: GhostGrid, width: int) -> int:
-    """One slice of dense weights: float32, and again in the type of the products where that is another."""
+def _slice(grid: GhostGrid) -> int:
+    """Weights in the largest slice of a grid."""
     rows, columns = grid.shape
-    elements = min(rows, max(1, SLICE_ELEMENTS // columns)) * columns
-    return elements * (4 if width == 4 else 4 + width)
+    return min(rows, max(1, SLICE_ELEMENTS // columns)) * columns
 
 
 def total(lines: Sequence[Line]) -> int:

@@ -54,6 +54,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -104,6 +105,7 @@ class Grid(Protocol):
     def inverse_scale(self) -> torch.Tensor: ...
 
 
+@lru_cache(maxsize=4096)
 def tensor_id(name: str) -> int:
     """A 63-bit number from a grid's name, for the hash keys: independent of the order in which modules are visited."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
@@ -116,7 +118,13 @@ def _state(grid: Grid) -> VoteState:
 
 
 def _keys(grid: Grid, salt: int) -> tuple[int, int]:
-    return kernels.hash_keys(grid.ballot.seed, grid.ballot.step, salt, tensor_id(grid.name))
+    return _keys_of(grid.ballot.seed, grid.ballot.step, salt, grid.name)
+
+
+# The same in all micro-batches of a step.
+@lru_cache(maxsize=4096)
+def _keys_of(seed: int, step: int, salt: int, name: str) -> tuple[int, int]:
+    return kernels.hash_keys(seed, step, salt, tensor_id(name))
 
 
 _CAST, _DRAW, _FADE = 0, 1, 2

@@ -150,6 +150,33 @@ def test_dequantize_same_bits(
 
 @pytest.mark.parametrize(("shape", "elements"), SLICED)
 @pytest.mark.parametrize("table", TABLES, ids=lambda m: m.name)
+def test_dequantize_to_bfloat16_rounds_once(
+    shape: tuple[int, int], table: Manifold, elements: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_slices(monkeypatch, elements)
+    rng = generator(2, *shape)
+    indices, scale = some_indices(shape, rng), some_scale(shape[0], rng)
+    expected = kernels.dequantize(indices, scale, table).to(torch.bfloat16)
+    for backend in kernels.BACKENDS:
+        out = garbage(shape, torch.bfloat16)
+        rounded = kernels.dequantize(indices, scale, table, out, backend, dtype=torch.bfloat16)
+        assert rounded is out and torch.equal(out.view(torch.int16), expected.view(torch.int16)), backend
+
+
+def test_bfloat16_rounds_ties_to_even_and_overflows_as_torch_does() -> None:
+    """Scales in which the table's 1.0 is a tie, next to one, tiny, or above the largest bfloat16."""
+    bits = [0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x00000001, 0x00018000, 0x7F7F8000, 0x7F7FFFFF]
+    scale = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    indices = torch.tensor([[32767, -32767, 0]], dtype=torch.int16).repeat(len(bits), 1)
+    table = manifolds.build("linear")
+    dense = kernels.dequantize(indices, scale, table)
+    for backend in kernels.BACKENDS:
+        rounded = kernels.dequantize(indices, scale, table, None, backend, dtype=torch.bfloat16)
+        assert torch.equal(rounded.view(torch.int16), dense.to(torch.bfloat16).view(torch.int16)), backend
+
+
+@pytest.mark.parametrize(("shape", "elements"), SLICED)
+@pytest.mark.parametrize("table", TABLES, ids=lambda m: m.name)
 def test_snap_same_bits(
     shape: tuple[int, int], table: Manifold, elements: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1630,6 +1657,8 @@ def test_the_calls_below_are_right_but_for_one_argument(call: Callable[..., None
         (call_dequantize, {"scale": torch.ones(3, 1)}, "scale"),
         (call_dequantize, {"out": torch.zeros(4, 3)}, "out"),
         (call_dequantize, {"out": torch.zeros(3, 4, dtype=torch.bfloat16)}, "out is torch.bfloat16"),
+        (call_dequantize, {"dtype": torch.float16}, "dtype is torch.float16, expected torch.float32 or torch.bfloat16"),
+        (call_dequantize, {"dtype": torch.bfloat16, "out": torch.zeros(3, 4)}, "out is torch.float32"),
         (call_dequantize, {"backend": "triton"}, "unknown backend 'triton'"),
         (call_snap, {"weights": torch.zeros(3, 4, dtype=torch.bfloat16)}, "weights is torch.bfloat16"),
         (call_snap, {"scale": torch.ones(2)}, "scale"),
