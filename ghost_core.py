@@ -320,6 +320,12 @@ class GhostGrid(nn.Module):
             for numbers in self._open_state().rows.values():
                 numbers.zero_()
 
+    def measure_anew(self) -> None:
+        """Drop the first observation, of a micro-batch that turned out to be of no use; while nothing was voted."""
+        if self.state is not None:
+            self.state.observations, self.state.cached = 0, None
+            self.forget_measuring()
+
     def finish_measuring(self) -> None:
         """Close a measuring pass: a tensor that saw any gradient has its first observation; one that met a non-finite
         gradient begins again."""
