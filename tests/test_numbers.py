@@ -524,7 +524,7 @@ def sites_of(trainer: VoteTrainer) -> list[tuple[str, str]]:
 
 
 def check_sites(trainer: VoteTrainer, missings: Sequence[int], offset: int, by_turns: bool = False) -> None:
-    """Break the next step at every site in each of these micro-batches or in one by turns, in the four ways by turns."""
+    """Break the next step at every site, in each of these micro-batches or in one by turns; in four ways by turns."""
     start = saved(trainer)
     sites = sites_of(trainer)
     assert len(sites) > 40
