@@ -21,7 +21,7 @@ from torch import nn
 import ghost_core as core
 import ghost_kernels as kernels
 import manifolds
-from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, ghost_cross_entropy
+from ghost_core import GhostEmbedding, GhostError, GhostGrid, GhostLinearTandem, ghost_cross_entropy
 from packed_batches import Batch
 from prime_checkpoint import load_checkpoint, walk_tensors
 from qwen_prime_wrapper import copy_tensors, model_from_checkpoint, model_tensors
@@ -45,7 +45,7 @@ SCALES = (float(np.finfo(np.float32).tiny), 1e-20, 1e-3, 1.0, 1e20, MAX)
 RATES = (0.0, 5e-324, 1e-30, 1e-8, 1e-5, 1e-3, 1.0, 1e6, 1e30, 1.7e308)
 BUFFER_TOP = {"int8": 127, "int16": 32_767, "compact": 31, "supermajority": 32_767, "stochastic": 127}
 CARRY = {"int8": 31, "int16": 8191, "compact": 7, "supermajority": 16_383, "stochastic": 63}
-"""Largest magnitude that a buffer brings into a step."""
+"""Largest magnitude that a buffer brings into a step, written down a second time."""
 
 
 def new_grid(name: str, words: np.ndarray, votes: np.ndarray, scale: np.ndarray, uses: int, backend: str) -> GhostGrid:
@@ -237,6 +237,35 @@ def test_whole_steps_of_extremes_never_wrap(name: str, case: dict[str, object]) 
         numbers = [numbers_of(g) for g in grids.values()]
         assert all(torch.equal(numbers[0][n], numbers[1][n]) for n in numbers[0]), "the backends differ"
     assert math.isfinite(grid.mean_size())
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@every_rule
+def test_votes_that_would_wrap_are_not_let_in(name: str, sign: int) -> None:
+    """From a file: what a step begins with is at most what one ends with, else its own votes find no room."""
+    rule = RULES[name]
+    shape = (2, 3)
+    assert rule.carry == CARRY[name]
+    for most in (CARRY[name], CARRY[name] + 1, BUFFER_TOP[name]):
+        votes = np.zeros(shape, np.int16)
+        votes[1, 2] = sign * most
+        grid = new_grid(name, np.full(shape, 5, np.int16), np.zeros(shape, np.int16), np.ones(shape[0]), 1, "numba")
+        state = {k: v.clone() for k, v in grid.vote_state().items()}
+        if "votes" in state:
+            state["votes"].copy_(torch.from_numpy(votes))
+        else:
+            grid.indices += torch.from_numpy(votes)
+        if most == CARRY[name]:
+            grid.load_vote_state(state)
+            assert np.array_equal(votes_of(grid), votes)
+            continue
+        words = f"^the votes of g reach {most}, rule {rule.name} ends a step with at most {CARRY[name]}: [^\\n]+$"
+        with pytest.raises(GhostError, match=words):
+            grid.load_vote_state(state)
+        assert not grid.unlocked
+        if name == "compact":
+            with pytest.raises(GhostError, match=words):
+                grid.unlock()
 
 
 # -- layers of one column, one row, or nothing ------------------------------------------------------------------------
