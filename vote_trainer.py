@@ -359,17 +359,14 @@ class VoteTrainer:
 
     def _measure(self, batch: Batch, weight: float) -> float | Literal["memory"] | None:
         """Give grids without an observation their first, from the step's first micro-batch; no votes. Returns what
-        :meth:`_cast` does: a micro-batch that is not finite at one grid is the measure of none."""
+        :meth:`_cast` does: a micro-batch that is not finite at one grid is the measure of none; the caller forgets it."""
         waiting = [g for g in self.grids.values() if g.waiting]
         if not waiting:
             return 0.0
         nats = self._guarded(lambda: self._backward("measure", batch, 0, weight))
         finite = nats is not None and math.isfinite(nats) and self._finite_gradients()
-        for grid in waiting:
-            if finite:
-                grid.finish_measuring()
-            else:
-                grid.forget_measuring()
+        for grid in waiting if finite else []:
+            grid.finish_measuring()
         self.ballot.close()
         self.optimizer.zero_grad(set_to_none=True)
         return "memory" if nats is None else nats if finite else None
