@@ -359,7 +359,7 @@ class VoteTrainer:
 
     def _measure(self, batch: Batch, weight: float) -> float | Literal["memory"] | None:
         """Give grids without an observation their first, from the step's first micro-batch; no votes. Returns what
-        :meth:`_cast` does: a micro-batch that is not finite at one grid is the measure of none; the caller forgets it."""
+        :meth:`_cast` does: a micro-batch that is not finite at one grid measures none; the caller forgets."""
         waiting = [g for g in self.grids.values() if g.waiting]
         if not waiting:
             return 0.0
