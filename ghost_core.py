@@ -221,10 +221,18 @@ class GhostGrid(nn.Module):
         return self.state is not None and self.state.observations == 0
 
     def unlock(self) -> None:
-        """Allocate an empty vote buffer and row state; a grid that is already unlocked keeps its own."""
-        if self.state is None:
-            self.ballot.rule.check(self.tables(), 1, self.uses)
-            self.state = self.ballot.rule.open_state(self.indices)
+        """Allocate an empty vote buffer and row state; a grid that is already unlocked keeps its own.
+
+        Raises:
+            GhostError: the words hold votes beyond what a step begins with.
+        """
+        if self.state is None and self._open_empty().votes is None:
+            self._check_carried()
+
+    def _open_empty(self) -> VoteState:
+        self.ballot.rule.check(self.tables(), 1, self.uses)
+        self.state = self.ballot.rule.open_state(self.indices)
+        return self.state
 
     def lock(self) -> None:
         """Drop the votes and the row state: nothing is hoarded behind a lock."""
@@ -326,6 +334,12 @@ class GhostGrid(nn.Module):
             for numbers in self._open_state().rows.values():
                 numbers.zero_()
 
+    def measure_anew(self) -> None:
+        """Drop the first observation, of a micro-batch that turned out to be of no use; while nothing was voted."""
+        if self.state is not None:
+            self.state.observations, self.state.cached = 0, None
+            self.forget_measuring()
+
     def finish_measuring(self) -> None:
         """Close a measuring pass: a tensor that saw any gradient has its first observation; one that met a non-finite
         gradient begins again."""
@@ -370,15 +384,13 @@ class GhostGrid(nn.Module):
         """Restore :meth:`vote_state` (copied); an empty one locks the grid.
 
         Raises:
-            GhostError: the state is another rule's.
+            GhostError: the state is another rule's, or its votes are beyond what a step begins with.
         """
         if not state:
             self.lock()
             return
         # Votes inside words came with the words and stay.
-        self.state = None
-        self.unlock()
-        mine = self._open_state()
+        mine = self._open_empty()
         own = self.vote_state()
         for name in sorted(own.keys() | state.keys()):
             if name not in own or name not in state or own[name].dtype != state[name].dtype:
@@ -392,6 +404,23 @@ class GhostGrid(nn.Module):
         for name, numbers in mine.rows.items():
             numbers.copy_(state[name])
         mine.observations = int(state["observations"])
+        self._check_carried()
+
+    def _check_carried(self) -> None:
+        """Between steps the votes leave the next step's own the room that they need: no sum is tested when it is cast.
+        In the middle of a step, which its row sums show, there is less to ask of them."""
+        state, rule = self._open_state(), self.ballot.rule
+        if any(bool(state.rows[name].any()) for name in rule.row_sums):
+            return
+        for rows in self.slices():
+            votes = self.tables().votes(self.indices[rows]) if state.votes is None else state.votes[rows]
+            low, high = torch.aminmax(votes)
+            if (most := max(-int(low), int(high))) > rule.carry:
+                self.state = None
+                raise GhostError(
+                    f"the votes of {self.name or 'the grid'} reach {most}, rule {rule.name} ends a step with at most "
+                    f"{rule.carry}: they are damaged, continue with another checkpoint"
+                )
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, {self.manifold.name}, {'unlocked' if self.unlocked else 'locked'}"

@@ -176,6 +176,11 @@ class VoteRule:
         return 0
 
     @property
+    def carry(self) -> int:
+        """Largest magnitude that a buffer keeps from one step to the next; the rest is for the step's own votes."""
+        raise NotImplementedError
+
+    @property
     def bytes_per_weight(self) -> int:
         """Index and votes."""
         return 2 + (0 if self.vote_bits else BUFFER_BITS[self.buffer] // 8)
@@ -248,6 +253,10 @@ class MomentumRule(VoteRule):
     def bits(self) -> int:
         """Width of the buffer."""
         return BUFFER_BITS[self.buffer]
+
+    @property
+    def carry(self) -> int:
+        return VoteUnits.for_buffer(self.bits, 1).carry
 
     def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:
         super().check(manifold, micro_batches, uses)
@@ -386,7 +395,6 @@ class SupermajorityRule(VoteRule):
 
     @property
     def carry(self) -> int:
-        """Largest magnitude that a buffer keeps from one step to the next; the other half is for the step's votes."""
         return (1 << BUFFER_BITS[self.buffer] - 2) - 1
 
     def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:

@@ -289,9 +289,16 @@ class VoteTrainer:
         for grid in self.grids.values():
             grid.begin_step()
         ran, total, learned, skipped = 0, 0.0, 0, 0
-        fits = self._measure(micro_batches[0], weight)
+        fits = True
+        waiting = [g for g in self.grids.values() if g.waiting]
         for k, batch in enumerate(micro_batches):
-            outcome = self._cast(batch, k, weight) if fits else "memory"
+            outcome = self._measure(batch, weight) if k == 0 else 0.0
+            if isinstance(outcome, float):
+                outcome = self._cast(batch, k, weight)
+            if k == 0 and not isinstance(outcome, float):
+                # A yardstick would be its trace. The others cannot vote without one: the next step begins anew.
+                for grid in waiting:
+                    grid.measure_anew()
             if outcome == "memory":
                 fits = False
                 self.batches.load_state_dict(cursors[k])
@@ -350,21 +357,24 @@ class VoteTrainer:
             (loss * weight).backward()
         return nats
 
-    def _measure(self, batch: Batch, weight: float) -> bool:
-        """Give grids without an observation their first, from the step's first micro-batch; no votes. False where
-        memory ran out."""
+    def _measure(self, batch: Batch, weight: float) -> float | Literal["memory"] | None:
+        """Give grids without an observation their first, from the step's first micro-batch; no votes. Returns what
+        :meth:`_cast` does: a micro-batch that is not finite at one grid measures none; the caller forgets."""
         waiting = [g for g in self.grids.values() if g.waiting]
         if not waiting:
-            return True
+            return 0.0
         nats = self._guarded(lambda: self._backward("measure", batch, 0, weight))
-        for grid in waiting:
-            if nats is None:
-                grid.forget_measuring()
-            elif math.isfinite(nats):
-                grid.finish_measuring()
+        finite = nats is not None and math.isfinite(nats) and self._finite_gradients()
+        for grid in waiting if finite else []:
+            grid.finish_measuring()
         self.ballot.close()
         self.optimizer.zero_grad(set_to_none=True)
-        return nats is not None
+        return "memory" if nats is None else nats if finite else None
+
+    def _finite_gradients(self) -> bool:
+        """Whether the last backward pass met no gradient of a grid that is not finite, and left none to the floats."""
+        grads = [p.grad for p in self.floats.values() if p.grad is not None]
+        return not self.ballot.non_finite and all(bool(torch.isfinite(g).all()) for g in grads)
 
     def _cast(self, batch: Batch, k: int, weight: float) -> float | Literal["memory"] | None:
         """Votes of one micro-batch: its summed loss; None where it was not finite, "memory" where that ran out; either
@@ -373,11 +383,7 @@ class VoteTrainer:
         nats = self._guarded(lambda: self._backward("cast", batch, k, weight))
         if nats is not None and not math.isfinite(nats):
             return None
-        broken = nats is None or bool(self.ballot.non_finite)
-        if not broken:
-            grads = [p.grad for p in self.floats.values() if p.grad is not None]
-            broken = not all(bool(torch.isfinite(g).all()) for g in grads)
-        if not broken:
+        if nats is not None and self._finite_gradients():
             return nats
         self._take_back(batch, k, weight)
         for name, parameter in self.floats.items():

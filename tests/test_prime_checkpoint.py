@@ -46,7 +46,8 @@ def new_checkpoint(seed: int = 1, rule: VoteRule | None = None) -> dict[str, Any
         grid = GhostGrid(*shape, table, Ballot(rule=rule))
         grid.import_weights(torch.randn(*shape, generator=generator))
         grid.unlock()
-        planted = torch.randint(-31, 32, shape, generator=generator)
+        most = min(rule.carry, 31)
+        planted = torch.randint(-most, most + 1, shape, generator=generator)
         (grid.indices if rule.vote_bits else grid.votes).add_(planted.to(torch.int16 if rule.vote_bits else torch.int8))
         model[f"{name}.indices"], model[f"{name}.scale"] = grid.indices, grid.scale
         votes[name] = grid.vote_state()
