@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -391,13 +391,16 @@ def locate_source(
     folder = Path(model)
     if folder.is_dir():
         return folder, None
-    if not _HUB_ID.fullmatch(model) or (folder.parent.is_dir() and str(folder.parent) != "."):
+    here = folder.suffix in (".pt", ".prime") or (folder.parent.is_dir() and str(folder.parent) != ".")
+    if here or not _HUB_ID.fullmatch(model):
+        # A mistyped path is nobody else's business.
         raise ModelError(f"no such folder: {model}")
     try:
         snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         # The hub client raises its own, its transport's and OS errors; offline, unknown id and no access all end here.
-        raise ModelError(f"no folder {model}, and the hub does not give it: {one_line(error)}") from error
+        offline = "; HF_HUB_OFFLINE is set, so that only its cache was asked" if constants.HF_HUB_OFFLINE else ""
+        raise ModelError(f"no folder {model}, and the hub does not give it{offline}: {one_line(error)}") from error
     return snapshot, snapshot.name
 
 
