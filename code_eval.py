@@ -54,6 +54,9 @@ class Verdict:
     reason: str
 
 
+_LINES_MAX = 1 << 27
+
+
 def read_lines_of(path: Path) -> list[dict[str, object]]:
     """The objects of a .jsonl file, gzipped or not.
 
@@ -62,7 +65,15 @@ def read_lines_of(path: Path) -> list[dict[str, object]]:
     """
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+        if raw[:2] == b"\x1f\x8b":
+            # A few kilobytes of gzip may be gigabytes.
+            with gzip.open(path) as file:
+                raw = file.read(_LINES_MAX + 1)
+            if len(raw) > _LINES_MAX:
+                raise DataError(
+                    f"{path} unpacks to more than {_LINES_MAX:,} bytes: too many for problems or completions"
+                )
+        text = raw.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     found = []

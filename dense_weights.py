@@ -18,7 +18,7 @@ from ghost_core import SLICE_ELEMENTS
 from manifolds import Manifold
 from packed_checkpoint import open_checkpoint
 from prime_checkpoint import CheckpointError
-from qwen_prime_wrapper import build_model, manifold_of, source_name, tensor_mismatches
+from qwen_prime_wrapper import build_model, manifold_of, source_name, tensor_mismatches, tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,7 +93,7 @@ class DenseSource:
     @property
     def files(self) -> dict[str, bytes]:
         """Tokenizer, template and generation config as the source had them, by file name."""
-        return {name: data.numpy().tobytes() for name, data in self.checkpoint["tokenizer"]["files"].items()}
+        return tokenizer_files(self.checkpoint)
 
 
 def open_dense(path: Path) -> DenseSource:
@@ -105,6 +105,7 @@ def open_dense(path: Path) -> DenseSource:
     checkpoint = open_checkpoint(path)
     manifold = manifold_of(checkpoint)
     model = build_model(checkpoint["hf_config"], manifold, "the checkpoint's config")
+    tokenizer_files(checkpoint)
     tensors = checkpoint["model"]
     if wrong := tensor_mismatches(model, tensors):
         raise CheckpointError(f"{path} does not fit its own config: {wrong[0]}")

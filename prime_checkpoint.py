@@ -26,7 +26,9 @@ Layout of the dict (every key is required; dtypes and shapes are checked on load
 The file is torch's zip archive with the comment that ZIP allows at its end: ``qwen-prime sha256=<hex>`` over every byte
 before the comment. One changed or missing byte anywhere, in tensors, in the pickle or in the archive's own structure,
 is found before anything is unpickled; and torch, which ignores the comment, reads the file as ever. Loading maps the
-file and unpickles with ``weights_only=True``, so a checkpoint from a stranger cannot run code.
+file and unpickles with ``weights_only=True``, so a checkpoint from a stranger cannot run code. Nor can it take more
+memory or time than its size: what ``weights_only`` allows includes ``bytearray(1 << 40)``, so archive and pickle are
+looked through first, and only what a checkpoint of ours consists of reaches torch.
 
 Rejected: a sidecar file for the hash, which gets lost when a checkpoint is copied.
 """
@@ -36,12 +38,14 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import pickletools
 import platform
 import re
 import shutil
 import struct
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +79,24 @@ _COMMENT_LENGTH = len("qwen-prime sha256=") + 64
 _END_RECORD = 22
 """Length of ZIP's end-of-central-directory record without a comment; its last two bytes are the comment's length."""
 _HASH_CHUNK = 1 << 22
+_ENTRY = re.compile(
+    r"data\.pkl|\.format_version|\.storage_alignment|byteorder|version|data/\d+|\.data/serialization_id"
+)
+"""What torch calls the entries of its archive, within one folder."""
+_GLOBAL = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2"
+    r"|torch (Bool|Byte|Char|Short|Int|Long|Half|BFloat16|Float|Double)Storage"
+)
+"""All that the pickle of a dict of plain tensors names."""
+_OTHER_CALLS = ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "BUILD", "PERSID")
+_PICKLE_MAX = 1 << 24
+"""Bytes: ours have about 500 for each tensor."""
+_DEPTH_MAX, _VALUES_MAX, _KEY_MAX = 50, 1 << 20, 1 << 10
+"""Limits of the dict: levels, values in all, characters of a key."""
+_DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -265,16 +287,79 @@ def load_checkpoint(path: Path | str, *, check_hash: bool = True) -> dict[str, A
     if check_hash:
         check_file(path)
     try:
+        _check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
+        # What torch says before is advice to load it without the check.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
         raise CheckpointError(
-            f"{path} refused: its pickle asks for more than tensors and plain types ({one_line(error)})"
+            f"{path} refused: its pickle asks for more than tensors and plain types ({reason})"
         ) from error
     except Exception as error:
         # A malformed pickle makes the unpickler fail in any way at all: IndexError, TypeError, AssertionError, ...
         raise CheckpointError(f"cannot read {path}: {type(error).__name__}: {one_line(error)}") from error
     check_contract(checkpoint, str(path))
+    claimed = sum(tensor.nbytes for _, tensor in walk_tensors(checkpoint))
+    if claimed > (size := path.stat().st_size):
+        raise CheckpointError(f"{path} has {size:,} bytes and tensors of {claimed:,}: some of them share their bytes")
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Look an archive and its pickle through before torch, which allocates what they claim, does anything with them.
+
+    Raises:
+        CheckpointError: entries that are compressed, twice there, larger than the file, or not named as torch names
+            them; a pickle that is too long or names anything but what makes plain tensors.
+        Exception: of any kind, where there is no archive or no pickle.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        folder = names[0].split("/")[0] + "/" if names else ""
+        if archive.start_dir != _directory_place(path, size):
+            raise CheckpointError(f"{path} refused: the archive's directory is not where it says")
+        for name, entry in zip(names, entries, strict=True):
+            if not name.startswith(folder) or not _ENTRY.fullmatch(name.removeprefix(folder)):
+                raise CheckpointError(f"{path} refused: its archive has an entry {name[:100]!r}")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise CheckpointError(f"{path} refused: the entry {name} is compressed; torch stores as it is")
+            if entry.header_offset + entry.file_size > size:
+                raise CheckpointError(f"{path} refused: the entry {name} claims {entry.file_size:,} bytes")
+        if len(set(names)) != len(names):
+            raise CheckpointError(f"{path} refused: its archive has two entries of one name")
+        if (length := archive.getinfo(folder + "data.pkl").file_size) > _PICKLE_MAX:
+            raise CheckpointError(f"{path} refused: its pickle has {length:,} bytes, expected at most {_PICKLE_MAX:,}")
+        data = archive.read(folder + "data.pkl")
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in _OTHER_CALLS or (operation.name == "GLOBAL" and not _GLOBAL.fullmatch(str(argument))):
+            raise CheckpointError(
+                f"{path} refused: its pickle asks for more than tensors and plain types ({argument or operation.name})"
+            )
+
+
+def _directory_place(path: Path, size: int) -> int:
+    """Where an archive's records say that its directory begins; -1 where two of them disagree.
+
+    Readers differ in how they find it: what one of them has seen must be what the other will read.
+    """
+    with open(path, "rb") as file:
+        end = size - _COMMENT_LENGTH - _END_RECORD
+        file.seek(max(0, end - 76))
+        tail = file.read(76 + _END_RECORD)
+    if tail[-_END_RECORD:-18] != b"PK\x05\x06":
+        return -1
+    (place,) = struct.unpack_from("<I", tail, len(tail) - 6)
+    if len(tail) == 76 + _END_RECORD and tail[56:60] == b"PK\x06\x07":
+        (record,) = struct.unpack_from("<Q", tail, 64)
+        (large,) = struct.unpack_from("<Q", tail, 48)
+        if record != end - 76 or tail[:4] != b"PK\x06\x06" or place not in (large, 0xFFFFFFFF):
+            return -1
+        return int(large)
+    return int(place)
 
 
 def check_contract(checkpoint: Any, where: str) -> None:
@@ -299,7 +384,7 @@ def check_contract(checkpoint: Any, where: str) -> None:
         raise CheckpointError(f"{where} has unknown keys {extra}")
     if checkpoint["stage"] not in STAGES:
         raise CheckpointError(f"{where} has stage {checkpoint['stage']!r}, expected one of {', '.join(STAGES)}")
-    _check_plain(checkpoint, where, "")
+    _check_plain(checkpoint, where, "", [0])
     _check_manifold(checkpoint["manifold"], where)
     model, votes = checkpoint["model"], checkpoint["votes"]
     for group in ("model", "probes", "votes"):
@@ -313,24 +398,35 @@ def check_contract(checkpoint: Any, where: str) -> None:
     if not isinstance(files, dict):
         raise CheckpointError(f"{where}: tokenizer has no files")
     for name, tensor in files.items():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise CheckpointError(f"{where}: tokenizer has a file {name!r}, expected a name without a folder")
         _expect(where, f"tokenizer/files/{name}", tensor, torch.uint8, 1)
     for name, state in votes.items():
         _check_vote_state(model, name, state, checkpoint["manifold"]["vote_bits"], where)
 
 
-def _check_plain(value: Any, where: str, path: str) -> None:
-    """Only what ``weights_only`` loading gives back: a file that could not be read again must not be written."""
+def _check_plain(value: Any, where: str, path: str, met: list[int], depth: int = 0) -> None:
+    """Only what ``weights_only`` loading gives back: a file that could not be read again must not be written.
+
+    A pickle may hold a list twice, or in itself: counted as often as it is met, a few bytes are without end.
+    """
+    met[0] += 1
+    if met[0] > _VALUES_MAX or depth > _DEPTH_MAX:
+        raise CheckpointError(f"{where}: {path[:200]} is nested too deeply, or the whole has too many values")
     if isinstance(value, torch.Tensor):
         if value.layout != torch.strided or value.device.type == "meta" or not value.is_contiguous():
             raise CheckpointError(f"{where}: {path} is not a plain contiguous tensor")
+        odd = type(value) is not torch.Tensor or value.requires_grad or value.is_neg() or value.is_nested
+        if odd or value.dtype not in _DTYPES:
+            raise CheckpointError(f"{where}: {path} is a {type(value).__name__} of {value.dtype}, not a plain tensor")
     elif type(value) is dict:
         for key, item in value.items():
-            if type(key) not in (str, int):
-                raise CheckpointError(f"{where}: {path} has a key {key!r}, expected a name or a number")
-            _check_plain(item, where, f"{path}/{key}" if path else str(key))
+            if type(key) not in (str, int) or (type(key) is str and len(key) > _KEY_MAX):
+                raise CheckpointError(f"{where}: {path} has a key {str(key)[:100]!r}, expected a name or a number")
+            _check_plain(item, where, f"{path}/{key}" if path else str(key), met, depth + 1)
     elif type(value) in (list, tuple):
         for number, item in enumerate(value):
-            _check_plain(item, where, f"{path}/{number}")
+            _check_plain(item, where, f"{path}/{number}", met, depth + 1)
     elif type(value) not in (int, float, str, bool, type(None)):
         raise CheckpointError(f"{where}: {path} is a {type(value).__name__}, expected a tensor or a plain value")
 

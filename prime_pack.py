@@ -51,8 +51,9 @@ MAGIC = b"\x89PRIME\r\n"
 VERSION = 1
 _START = len(MAGIC) + 4
 _TAIL = struct.Struct("<QQ32s")
-_HEADER_MAX = 1 << 28
-"""No header of ours is longer than this, in bytes of JSON."""
+_HEADER_MAX, _TEXT_MAX = 1 << 24, 1 << 28
+"""No header of ours is longer than this, in bytes of JSON (some 250 for a tensor), nor a tensor of bytes: zstd makes
+gigabytes of a hundred kilobytes, and JSON of brackets takes twenty times its length."""
 _PIECE = 1 << 22
 
 _CARRIERS: dict[torch.dtype, str] = {
@@ -263,7 +264,7 @@ class Pack:
     def _header(self, frame: memoryview, length: int) -> Any:
         try:
             return json.loads(_inflate(frame, length))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise PackError(f"{self.path} is damaged: its header cannot be read ({one_line(error)})") from error
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -306,6 +307,8 @@ def _section(raw: Any, end: int) -> Section:
         raise ValueError(f"{section.name} has impossible sizes")
     if section.dtype not in _DTYPES or section.codec not in _DECODERS:
         raise ValueError(f"{section.name} has type {section.dtype} and codec {section.codec}")
+    if section.codec == "text" and section.count > _TEXT_MAX:
+        raise ValueError(f"{section.name} claims {section.count:,} bytes, expected at most {_TEXT_MAX:,}")
     if section.offset < _START or section.offset + section.length > end:
         raise ValueError(f"{section.name} lies outside of the file")
     return section

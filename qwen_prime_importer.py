@@ -111,16 +111,18 @@ def open_source(model: str, revision: str | None = None) -> Source:
         hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ImportProblem(f"{folder} has no config.json: expected a Hugging Face model folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ImportProblem(f"cannot read {folder / 'config.json'}: {error}") from error
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             files = [folder / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ImportProblem(f"cannot read {index}: {one_line(error)}") from error
-        for file in files:
+        for name, file in zip(names, files, strict=True):
+            if Path(name).name != name:
+                raise ImportProblem(f"{index} names the file {name!r}, expected one beside it")
             if not file.is_file():
                 raise ImportProblem(f"{index.name} names {file.name}, which is not in {folder}: download it again")
     else:

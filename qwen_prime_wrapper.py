@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -67,6 +67,18 @@ TOKENIZER_FILES = (
 """What a checkpoint keeps of its source besides weights and config, where present."""
 
 
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+}
+"""Far beyond any model. A module is built for every layer, and a list in transformers' config even before."""
+
+
 class ModelError(RuntimeError):
     """A model, config or tokenizer that this suite cannot use."""
 
@@ -85,6 +97,10 @@ def parse_config(hf_config: dict[str, Any], where: str) -> PreTrainedConfig:
             f"{where} has model_type {kind!r} ({', '.join(map(str, hf_config.get('architectures') or ['?']))}), "
             f"supported are {', '.join(f'{k} ({v})' for k, v in ARCHITECTURES.items())}"
         )
+    for name, most in _MOST.items():
+        size = hf_config.get(name)
+        if size is not None and (type(size) is not int or not 1 <= size <= most):
+            raise ModelError(f"{where} has {name} {str(size)[:40]!r}, expected an integer from 1 to {most:,}")
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(hf_config))
     except Exception as error:
@@ -292,7 +308,7 @@ def model_from_checkpoint(checkpoint: dict[str, Any], *, copy: bool = True) -> P
     if generation is not None:
         try:
             model.generation_config = GenerationConfig.from_dict(json.loads(generation.numpy().tobytes()))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"the checkpoint's generation_config.json is unusable: {one_line(error)}") from error
     return model
 
@@ -329,6 +345,18 @@ def pack_tokenizer(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, bytes]:
+    """The tokenizer's files kept in a checkpoint, by name.
+
+    Raises:
+        ModelError: one has another name, and could be a config or code where it is written.
+    """
+    files = checkpoint["tokenizer"]["files"]
+    if odd := [name for name in files if name not in TOKENIZER_FILES]:
+        raise ModelError(f"the checkpoint has a tokenizer file {odd[0]!r}, expected one of {TOKENIZER_FILES}")
+    return {name: data.numpy().tobytes() for name, data in files.items()}
+
+
 def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer kept in a checkpoint.
 
@@ -336,10 +364,8 @@ def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> PreTrainedTokenizer
         ModelError: it does not load.
     """
     with tempfile.TemporaryDirectory(prefix="qwen-prime-") as name:
-        for file, data in checkpoint["tokenizer"]["files"].items():
-            if file not in TOKENIZER_FILES:
-                raise ModelError(f"the checkpoint has a tokenizer file {file!r}, expected one of {TOKENIZER_FILES}")
-            (Path(name) / file).write_bytes(data.numpy().tobytes())
+        for file, data in tokenizer_files(checkpoint).items():
+            (Path(name) / file).write_bytes(data)
         return load_tokenizer(name)
 
 
@@ -365,13 +391,16 @@ def locate_source(
     folder = Path(model)
     if folder.is_dir():
         return folder, None
-    if not _HUB_ID.fullmatch(model) or (folder.parent.is_dir() and str(folder.parent) != "."):
+    here = folder.suffix in (".pt", ".prime") or (folder.parent.is_dir() and str(folder.parent) != ".")
+    if here or not _HUB_ID.fullmatch(model):
+        # A mistyped path is nobody else's business.
         raise ModelError(f"no such folder: {model}")
     try:
         snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         # The hub client raises its own, its transport's and OS errors; offline, unknown id and no access all end here.
-        raise ModelError(f"no folder {model}, and the hub does not give it: {one_line(error)}") from error
+        offline = "; HF_HUB_OFFLINE is set, so that only its cache was asked" if constants.HF_HUB_OFFLINE else ""
+        raise ModelError(f"no folder {model}, and the hub does not give it{offline}: {one_line(error)}") from error
     return snapshot, snapshot.name
 
 
@@ -389,7 +418,7 @@ def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             raise ModelError(f"{path} has no config.json: expected a Hugging Face model folder or a PRIME .pt file")
         try:
             content = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"cannot read {config_file}: {one_line(error)}") from error
         parse_config(content, str(config_file))
         try:

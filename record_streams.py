@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("data")
 
-_DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?")
+_DATASET = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?"
+)
 _FEW_ROWS = 1000
 """Below so many rows a share of bad ones says little."""
 
@@ -60,7 +62,9 @@ def parse_source(text: str | Path) -> Path | DatasetId:
     if path.exists():
         return path
     found = _DATASET.fullmatch(str(text))
-    if found is None or path.suffix in (".json", ".jsonl", ".parquet", ".txt"):
+    # A mistyped path is nobody else's business.
+    local = str(path.parent) != "." and path.parent.is_dir()
+    if found is None or local or path.suffix in (".json", ".jsonl", ".parquet", ".txt"):
         raise DataError(
             f"{text}: no such file or folder, and not a dataset id; expected a .json, .jsonl, .parquet or .txt file, a "
             "folder of them, or OWNER/NAME[:CONFIG][@REVISION]"

@@ -112,9 +112,10 @@ class Tail:
                 self.restarts += 1
             self._inode, self._seen = now.st_ino, seen
             file.seek(self.offset)
-            data = file.read(limit)
-            while b"\n" not in data and (more := file.read(limit)):
-                data += more
+            pieces = [file.read(limit)]
+            while b"\n" not in pieces[-1] and (more := file.read(limit)):
+                pieces.append(more)
+        data = b"".join(pieces)
         whole = data.rfind(b"\n") + 1
         self.offset += whole
         self._before = (self._before + data[:whole])[-64:]

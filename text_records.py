@@ -40,6 +40,7 @@ _SHAREGPT_ROLES = {
 }
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SHOWN = 5  # bad rows quoted in errors
+_QUOTED = 300  # characters of a row quoted in the reason against it
 
 
 class DataError(ValueError):
@@ -341,6 +342,8 @@ def _parse(value: Any) -> tuple[str, Record]:
         return "text", _text(value)
     if not isinstance(value, dict):
         raise _RowError(f"wrong type: got {_kind(value)}, expected an object or a string")
+    if isinstance(value.get("id"), str):
+        _string(value["id"], "id")
     for key in _UNSUPPORTED_ROW_KEYS:
         if value.get(key):
             raise _RowError(f'the key "{key}" is not supported')
@@ -348,7 +351,7 @@ def _parse(value: Any) -> tuple[str, Record]:
         if all(key in value for key in keys):
             return name, build(value)
     known = ", ".join("+".join(keys) for _, keys, _ in _FORMATS)
-    raise _RowError(f"missing keys: got {', '.join(map(str, value)) or 'none'}; expected one of: {known}")
+    raise _RowError(f"missing keys: got {', '.join(map(str, value))[:_QUOTED] or 'none'}; expected one of: {known}")
 
 
 def _from_messages(row: dict[str, Any]) -> Record:
@@ -376,7 +379,7 @@ def _from_turns(row: dict[str, Any], key: str, role_key: str, content_key: str, 
             raise _RowError(f"missing keys: {where} has no {', '.join(missing)}")
         role = _string(turn[role_key], f"{where}.{role_key}")
         if role not in roles:
-            raise _RowError(f"unknown role {role!r} in {where}, expected one of {', '.join(roles)}")
+            raise _RowError(f"unknown role {role[:_QUOTED]!r} in {where}, expected one of {', '.join(roles)}")
         messages.append((roles[role], _string(turn[content_key], f"{where}.{content_key}")))
     return _conversation(row, messages)
 

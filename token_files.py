@@ -58,14 +58,14 @@ def read_tokens(path: Path, sha256: str | None = None) -> tuple[EncodedSet, dict
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("about", "null"))
             columns = {name: file.get_tensor(name) for name in _COLUMNS}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise DataError(f"{path}: not a file of tokens: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise DataError(f"{path}: not a file of tokens of version {VERSION}")
     wrong = [n for n, kind in _COLUMNS.items() if columns[n].dtype != kind or columns[n].ndim != 1]
     starts = columns["starts"]
     whole = not wrong and len(starts) > 0 and starts[0] == 0 and starts[-1] == len(columns["input_ids"])
-    if not whole or (np.diff(starts) < 1).any() or len(columns["answer"]) != len(columns["input_ids"]):
+    if not whole or (starts[1:] <= starts[:-1]).any() or len(columns["answer"]) != len(columns["input_ids"]):
         raise DataError(f"{path}: its columns do not fit together{f': {wrong[0]}' if wrong else ''}")
     if len(columns["record"]) != len(starts) - 1 or (len(columns["input_ids"]) and columns["input_ids"].min() < 0):
         raise DataError(f"{path}: its columns do not fit together")

@@ -91,7 +91,7 @@ class Manifest:
                     f"{path} has changed since it was written, or is of an earlier suite: make the folder again with "
                     "qwen_prime_data.py materialize"
                 )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path}: not a manifest of token shards ({type(error).__name__}: {error})") from error
@@ -99,6 +99,8 @@ class Manifest:
             for shard in shards:
                 if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
                     raise DataError(f"{path} names the file {shard.file!r}, expected one beside it")
+                if shard.documents < 0 or shard.tokens < shard.documents:
+                    raise DataError(f"{path}: {shard.file} has {shard.documents} documents of {shard.tokens} tokens")
         return found
 
     def check_tokenizer(self, sha256: str) -> None:
