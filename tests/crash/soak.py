@@ -157,7 +157,7 @@ class Accidents:
         if self.full_at is not None and trainer.done >= self.full_at and not self.faults.at:
             self.faults.at = len(self.faults.calls) + self.draw.randint(1, 400)
         result = self.step(trainer)
-        if trainer.done % 20 == 0:
+        if trainer.done % max(1, self.plan.steps // 500) == 0:
             with open(self.plan.folder / f"{self.run.name}_{RESIDENT}", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": trainer.done, "bytes": resident_bytes()}) + "\n")
         return result
