@@ -313,8 +313,8 @@ def soak(plan: Plan) -> dict[str, Any]:
 def main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    settings = {"--batch-size": 4, "--seq-len": 64, "--grad-accum": 1, "--lr": 1e-4, "--eval-every": 500}
-    settings |= {"--sample-every": 1000, "--sample-tokens": 16, "--save-every": 50, "--shortest-seq-len": 48}
+    settings = {"--batch-size": 2, "--seq-len": 128, "--grad-accum": 1, "--lr": 1e-4, "--eval-every": 500}
+    settings |= {"--sample-every": 1000, "--sample-tokens": 16, "--save-every": 50, "--shortest-seq-len": 64}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         data = ROOT / "assets" / "stdlib_instruct.jsonl"
         plan = Plan(Path(name), data, settings, arguments.steps, arguments.kills, arguments.full, arguments.seed)
