@@ -7,6 +7,7 @@
     python qwen_prime_bench.py grow --plot assets/growth.png
     python qwen_prime_bench.py import --geometry Qwen2.5-Coder-1.5B
     python qwen_prime_bench.py memory --settings coder-512 --steps 2
+    python qwen_prime_bench.py save
     python qwen_prime_bench.py quality --tasks stdlib --methods adamw momentum
 
 ``train`` compares a step of vote training with what people would use instead: tokens per second and memory, and how
@@ -14,8 +15,9 @@ much of the step went into casting and applying votes; with ``--profile`` it wri
 of one step goes. ``generate`` compares ways to write tokens. ``kernels`` times every hot operation against what it
 replaces. ``grow`` shows how a step's cost grows with parameters, tokens and micro-batches. ``import`` converts a model
 folder of a real geometry with random weights. ``memory`` trains whole steps of the real geometries and compares the
-peak with the plan. ``quality`` compares training methods by what they learn and what they forget (``prime_quality``);
-its results file grows line by line, so it can be stopped and called again.
+peak with the plan. ``save`` times saves of the whole training state. ``quality`` compares training methods by what they
+learn and what they forget (``prime_quality``); its results file grows line by line, so it can be stopped and called
+again.
 
 Each sub-command has a room of its own (``bench_*.py``), prints a table and writes ``--json``.
 """
@@ -35,6 +37,7 @@ from bench_import import ImportBench, bench_import
 from bench_kernels import KernelBench, bench_kernels
 from bench_memory import MemoryBench, bench_memory
 from bench_quality import QualityBench, bench_quality
+from bench_saving import SaveBench, bench_saving
 from bench_tools import BenchError
 from bench_training import TrainBench, bench_train
 from ghost_core import GhostError
@@ -51,6 +54,7 @@ BenchConfig = (
     | Annotated[GrowBench, tyro.conf.subcommand("grow")]
     | Annotated[ImportBench, tyro.conf.subcommand("import")]
     | Annotated[MemoryBench, tyro.conf.subcommand("memory")]
+    | Annotated[SaveBench, tyro.conf.subcommand("save")]
     | Annotated[QualityBench, tyro.conf.subcommand("quality")]
 )
 _ROOMS: dict[type, Callable[[Any], int]] = {
@@ -60,6 +64,7 @@ _ROOMS: dict[type, Callable[[Any], int]] = {
     GrowBench: bench_grow,
     ImportBench: bench_import,
     MemoryBench: bench_memory,
+    SaveBench: bench_saving,
     QualityBench: bench_quality,
 }
 _ERRORS = (

@@ -62,7 +62,6 @@ from qwen_prime_wrapper import (
     manifold_record,
     mean_answer_loss,
     model_from_checkpoint,
-    model_tensors,
     tokenizer_from_checkpoint,
 )
 from run_folder import RunFolder, RunLocked, run_name
@@ -284,15 +283,9 @@ class Session:
         is_best = val_loss is not None and (self.best is None or val_loss < self.best["val_loss"])
         if is_best:
             self.best = {"step": trainer.done, "val_loss": val_loss}
-        checkpoint = {
-            **{key: self.base[key] for key in ("format", "version", "hf_config", "tokenizer", "manifold", "source")},
-            "stage": "train",
-            "model": {n: t.detach().cpu().contiguous() for n, t in model_tensors(trainer.model).items()},
-            "probes": {},
-            "votes": {n: {k: t.cpu() for k, t in s.items()} for n, s in trainer.votes().items()},
-            "train_state": {**trainer.state(), "best": self.best},
-            "created_by": created_by("qwen_prime_train.py"),
-        }
+        checkpoint = trainer.checkpoint(self.base)
+        checkpoint["train_state"]["best"] = self.best
+        checkpoint["created_by"] = created_by("qwen_prime_train.py")
         # While losses are spiking the last good checkpoint is still needed.
         self.path = self.folder.save(trainer.done, checkpoint, is_best=is_best, prune=self.watch.sentinel.streak == 0)
         self.saved_at = trainer.done

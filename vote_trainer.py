@@ -19,7 +19,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from night_shift import (
 )
 from packed_batches import Batch, PackedBatches
 from prime_device import has_native_bfloat16, is_out_of_memory
-from qwen_prime_wrapper import answer_loss, copy_tensors
+from qwen_prime_wrapper import answer_loss, copy_tensors, model_tensors
 from vote_guard import Evidence, VoteGuard
 from vote_rules import Ballot, VoteRule, rule_named
 
@@ -563,6 +563,24 @@ class VoteTrainer:
             state["governor"] = None if self.watch.governor is None else self.watch.governor.state_dict()
             state["contingency"] = self.watch.contingency.state_dict()
         return state
+
+    def checkpoint(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """All of the present state as the content of a checkpoint of stage "train" (``prime_checkpoint``).
+
+        Args:
+            base: the checkpoint whose config, tokenizer, manifold and source it repeats.
+
+        Returns:
+            Its tensors are the model's own where these are on the CPU.
+        """
+        return {
+            **{key: base[key] for key in ("format", "version", "hf_config", "tokenizer", "manifold", "source")},
+            "stage": "train",
+            "model": {n: t.detach().cpu().contiguous() for n, t in model_tensors(self.model).items()},
+            "probes": {},
+            "votes": {n: {k: t.cpu() for k, t in s.items()} for n, s in self.votes().items()},
+            "train_state": self.state(),
+        }
 
     def votes(self) -> dict[str, dict[str, torch.Tensor]]:
         """Vote state of the unlocked grids."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import kill_runs
+from crash import kill_runs, soak
 from crash.kill_runs import Stage, Tally, at_random, places, strike, undisturbed, wait
+from tiny_models import tiny_config, write_source
 
 from prime_checkpoint import load_checkpoint
 from run_folder import LOCK, RunFolder, RunLocked
@@ -205,3 +206,21 @@ def test_a_damaged_newest_checkpoint_is_passed_over(stage: Stage, reference: tup
     newest.write_bytes(newest.read_bytes()[:-7])
     assert wait(stage.start(run)) == 0 and f"passing over {newest}" in stage.said()
     assert kill_runs.outcome(run)["last"] == expected["last"]
+
+
+# -- a soak, in short -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_accidents_that_is_ended_and_resumed_is_the_one_that_is_not(tmp_path: Path) -> None:
+    """tests/crash/soak.py in a hundred steps of a tiny model; where they are over before a kill comes, that is that."""
+    texts = [{"text": f"{n} and {n + 1} and {n * n} make a line of text."} for n in range(80)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
+    settings = {"--seq-len": 64, "--batch-size": 2, "--grad-accum": 1, "--shortest-seq-len": 32, "--lr": 1e-3}
+    settings |= {"--eval-every": 20, "--sample-every": 0, "--save-every": 10, "--hold-out": 0.2}
+    plan = soak.Plan(tmp_path, tmp_path / "texts.jsonl", settings, steps=100, kills=3, full=1)
+    plan.import_model(write_source(tmp_path / "source", tiny_config()))
+    assert {"nan_loss", "nan_gradient", "out_of_memory"} <= set(plan.accidents().values())
+    report = soak.soak(plan)
+    assert report["same_state"] and report["endings"]["full"] == 1 and report["endings"]["kill"] >= 1
+    assert report["out_of_memory"] == 3 and report["micro_batches_not_finite"] >= 2
+    assert report["held_out_after"] < report["held_out_before"]

@@ -74,7 +74,8 @@ FLOORS = {
     "qwen_prime_pack": 9,
     "qwen_prime_chat": 9,
     "monitor_qwen": 9,
-    "qwen_prime_bench": 10,
+    "bench_saving": 10,
+    "qwen_prime_bench": 11,
 }
 
 

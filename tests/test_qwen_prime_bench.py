@@ -24,6 +24,7 @@ TINY: dict[str, list[str]] = {
     "grow": ["--geometry", "toy", "--axes", "micro_batches", "--steps", "1"],
     "import": ["--geometry", "toy"],
     "memory": ["--settings", "toy"],
+    "save": ["--geometry", "toy", "--seq-len", "16", "--saves", "2"],
 }
 LINES: dict[str, tuple[str, set[str]]] = {
     "train": ("results", {"model", "method", "version", "tokens_per_s", "bare_gb", "over_bare_gb", "process_gb"}),
@@ -31,6 +32,7 @@ LINES: dict[str, tuple[str, set[str]]] = {
     "kernels": ("functions", {"function", "ns_per_weight", "middle_half"}),
     "grow": ("planned_24_gb", {"geometry", "vote_rule", "planned_gb", "fits_24_gb"}),
     "memory": ("results", {"setting", "peak_gb", "planned_gb", "seconds"}),
+    "save": ("results", {"checkpoint_bytes", "save_seconds", "step_seconds", "share_of_run"}),
 }
 
 
@@ -48,7 +50,7 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
             assert run(list(arguments)) == 0
         return json.loads(said.getvalue().splitlines()[-1])
 
-    for room in ("bench_training", "bench_memory", "bench_growth"):
+    for room in ("bench_training", "bench_memory", "bench_growth", "bench_saving"):
         monkeypatch.setattr(f"{room}.in_own_process", here)
         monkeypatch.setattr(f"{room}.return_freed_memory", lambda: True)
 
