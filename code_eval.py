@@ -77,7 +77,8 @@ def read_lines_of(path: Path) -> list[dict[str, object]]:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON may hold separators that it takes for ends of lines.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -276,19 +276,19 @@ class GhostGrid(nn.Module):
         """Measure or vote with the gradient of some rows.
 
         Args:
-            gradient: float ``(n, in)`` of one micro-batch.
+            gradient: float ``(n, in)`` of one micro-batch; bfloat16 is read as it is.
             rows: int64 ``(n,)``, each row at most once.
             use: tells two uses of one grid (head and embedding) apart in the random draw.
             part: tells the slices of one use apart.
         """
         ballot = self.ballot
         self._open_state()
-        gradient = gradient.float().contiguous()
+        gradient = gradient.contiguous() if gradient.dtype == torch.bfloat16 else gradient.float().contiguous()
         # One sum is the cheapest test: it is finite only if every element is.
         if not math.isfinite(gradient.sum().item()):
             ballot.non_finite.append(self.name)
         elif ballot.mode == "measure":
-            ballot.rule.measure(self, gradient, rows)
+            ballot.rule.measure(self, gradient.float(), rows)
         elif ballot.mode == "cast":
             if not ballot.listening or ballot.micro_batch > 0 or self.agreement.use not in (None, use):
                 self._vote(gradient, rows, use, part, 1)
@@ -297,7 +297,7 @@ class GhostGrid(nn.Module):
                 return
             self.agreement.use = use
             chosen = _spread(len(rows), gradient.device)
-            wanted, before = gradient[chosen], self._votes_of(rows[chosen]).int()
+            wanted, before = gradient[chosen].float(), self._votes_of(rows[chosen]).int()
             # The same permutation everywhere: the golden section spreads neighbours, and no generator has a state.
             columns = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
             self.agreement.add(wanted, before, (columns * 0.6180339887498949 % 1).argsort())

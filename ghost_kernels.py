@@ -181,6 +181,18 @@ def _hash(position, key0, key1):
     return _scramble(np.uint32(np.uint32(np.uint32(position) * _STRIDE) + key0), key1)
 
 
+def _as_float(number):
+    """A float32 as it is, or one from the bits of a bfloat16; for compiled code only."""
+    raise NotImplementedError
+
+
+@numba.extending.overload(_as_float, inline="always")
+def _as_float_typed(number):
+    if isinstance(number, numba.types.Float):
+        return lambda number: number
+    return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+
+
 # Arrays are indexed by unsigned numbers: with signed ones numba asks every time whether they count from the end.
 _at = np.uintp
 
@@ -303,7 +315,7 @@ def _cast_rows(
         for j in range(columns):
             # Every sum of 32-bit numbers is cut back at once: numba widens it to 64 bits, half as many a register.
             # 2^16 must not meet the yardstick first: its product may be infinite where the gradient's is not.
-            t = np.float32(np.float32(gradient[k, j] * y) * np.float32(65536.0))
+            t = np.float32(np.float32(_as_float(gradient[k, j]) * y) * np.float32(65536.0))
             f = np.int32(np.rint(min(max(t, -top), top)))
             h = _scramble(x, key1)
             x = np.uint32(x + _STRIDE)
@@ -574,7 +586,7 @@ def _cast_reference(
     half = 1 << units.stat_shift >> 1
     for part in _row_slices(*gradient.shape):
         i = rows[part.start : part.stop]
-        t = gradient[part.start : part.stop] * yardstick[i, None] * 65536.0
+        t = gradient[part.start : part.stop].float() * yardstick[i, None] * 65536.0
         f = torch.round(t.clamp_(-float(units.wide), float(units.wide))).to(torch.int64)
         h = _hash_reference(_positions(i, columns), *keys)
         r = (h + offset) & 0xFFFF
@@ -854,12 +866,13 @@ def _check_cast(
     statistics: dict[str, torch.Tensor],
     sign: int,
     backend: str | None,
+    floats: tuple[torch.dtype, ...] = (torch.float32,),
 ) -> str:
     """What the two ways to cast ask of their arguments; returns the backend."""
     count, columns = _matrix("gradient", gradient)
     out_rows, _ = _matrix("votes", votes)
     device = gradient.device
-    _check("gradient", gradient, torch.float32, (count, columns), device)
+    _check("gradient", gradient, gradient.dtype if gradient.dtype in floats else floats[0], (count, columns), device)
     _check("rows", rows, torch.int64, (count,), device)
     _check("yardstick", yardstick, torch.float32, (out_rows,), device)
     _check("votes", votes, votes.dtype if votes.dtype in BUFFERS else torch.int16, (out_rows, columns), device)
@@ -896,7 +909,7 @@ def cast_votes(
     The same call with ``sign=-1`` takes exactly these votes back.
 
     Args:
-        gradient: float32 ``(n, in)``, finite: whole rows of the tensor's gradient.
+        gradient: float32 or bfloat16 ``(n, in)``, finite: whole rows of the tensor's gradient.
         rows: int64 ``(n,)``, each at most once: which rows of the tensor these are.
         yardstick: float32 ``(out,)``: votes per unit of gradient.
         votes: int8 or int16 ``(out, in)``, mutated; words of a manifold with vote bits are such a buffer too.
@@ -907,12 +920,14 @@ def cast_votes(
         units: those of the buffer and the step.
     """
     statistics = {"row_squares": row_squares, "row_sketch": row_sketch}
-    name = _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend)
+    floats = (torch.float32, torch.bfloat16)
+    name = _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend, floats)
     if not 0 <= slot < units.slots:
         raise KernelError(f"slot is {slot}, expected 0 to {units.slots - 1}")
     offset = slot * units.spacing
     if name == "numba":
-        arrays = (gradient.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy())
+        read = gradient if gradient.dtype == torch.float32 else gradient.view(torch.uint16)
+        arrays = (read.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy())
         sums = (row_squares.numpy(), row_sketch.numpy())
         plain = (np.uint32(keys[0]), np.uint32(keys[1]), np.uint32(offset), np.int32(units.limit), np.int32(units.wide))
         signs = (np.int32(units.stat_shift), np.int32(sign))

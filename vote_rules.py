@@ -211,7 +211,8 @@ class VoteRule:
         state.rows[name].copy_((self.beta2 * old + (1.0 - self.beta2) * mean).clamp(max=1e30))
 
     def cast(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor, use: int, sign: int) -> None:
-        """Votes of one use in one micro-batch: float32 ``(n, in)`` of rows ``(n,)``; ``sign`` -1 takes them back."""
+        """Votes of one use in one micro-batch: float32 or bfloat16 ``(n, in)`` of rows ``(n,)``; ``sign`` -1 takes them
+        back."""
         raise NotImplementedError
 
     def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
@@ -431,7 +432,7 @@ class SupermajorityRule(VoteRule):
         yardstick, gate = self.yardstick(grid)
         assert state.votes is not None, "check() refuses manifolds whose words hold votes"
         kernels.cast_whispers(
-            gradient,
+            gradient.float(),
             rows,
             yardstick,
             state.votes,

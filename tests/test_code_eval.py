@@ -103,6 +103,12 @@ def test_files(tmp_path: Path) -> None:
         read_completions(answers, [])
 
 
+def test_separators_inside_a_string_end_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": "one\u2028two\u0085three"}\r\n\n{"a": 2}\n', encoding="utf-8")
+    assert code_eval.read_lines_of(path) == [{"a": "one\u2028two\u0085three"}, {"a": 2}]
+
+
 def test_programs_hold_prompt_completion_and_test() -> None:
     program = program_of(PROBLEM, PROBLEM.solution)
     places = [program.index(part) for part in ("def twice", "return 2", "def check", "check(twice)")]

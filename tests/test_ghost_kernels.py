@@ -234,6 +234,23 @@ def test_cast_same_bits(
         assert not torch.equal(s, squares) and not torch.equal(t, sketch)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_in_bfloat16_votes_as_the_same_numbers_in_float32(kind: str) -> None:
+    rng = generator(12)
+    units = VoteUnits.for_buffer(BITS[kind], 3)
+    gradient, rows = loud_gradient((9, 37), rng).to(torch.bfloat16), torch.from_numpy(rng.permutation(9))
+    yardstick = torch.from_numpy((10.0 ** rng.uniform(-2, 4, 9)).astype(np.float32))
+    results = []
+    for numbers in (gradient, gradient.float()):
+        for backend in kernels.BACKENDS:
+            votes, squares, sketch = some_votes((9, 37), generator(13), units.carry, kind), *empty_sums(9)
+            sums = (votes, squares, sketch)
+            kernels.cast_votes(numbers, rows, yardstick, *sums, keys=KEYS, slot=1, units=units, backend=backend)
+            results.append(sums)
+    assert bool(results[0][0].any())
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["int8", "int16"])
 @pytest.mark.parametrize(("shape", "elements"), SLICED)
 def test_whispers_same_bits(
@@ -1690,6 +1707,7 @@ def test_the_calls_below_are_right_but_for_one_argument(call: Callable[..., None
             "gradient has 32769 columns, expected at most 32768",
         ),
         (call_whispers, {"gradient": torch.zeros(2, 4).double()}, "gradient is torch.float64"),
+        (call_whispers, {"gradient": torch.zeros(2, 4).bfloat16()}, "gradient is torch.bfloat16"),
         (call_whispers, {"votes": torch.zeros(3, 4, dtype=torch.int64)}, "votes is torch.int64"),
         (call_whispers, {"row_sizes": torch.zeros(3, dtype=torch.int32)}, "row_sizes is torch.int32"),
         (call_whispers, {"row_squares": torch.zeros(4, dtype=torch.int64)}, "row_squares"),
