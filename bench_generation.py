@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 import manifolds
 from bench_models import NAMES, config_of, ghost_model
-from bench_tools import alternate, has_bfloat16_cpu, machine, print_table, resident_bytes, write_json
+from bench_tools import alternate, machine, print_table, resident_bytes, write_json
+from prime_device import has_native_bfloat16
 from qwen_prime_wrapper import count_parameters, parse_config, restore_modules
 
 Way = Literal["transformers", "dense copy", "indices"]
@@ -57,7 +58,7 @@ class GenerateBench:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the dense weights."""
-        auto = torch.bfloat16 if has_bfloat16_cpu() else torch.float32
+        auto = torch.bfloat16 if has_native_bfloat16("cpu") else torch.float32
         return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
 
 

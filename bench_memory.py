@@ -23,7 +23,7 @@ from vote_trainer import NightWatch, Recipe, VoteTrainer
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """A geometry and how it is trained: batch 1, gradient checkpointing, float32."""
+    """A geometry and how it is trained: batch 1, gradient checkpointing, on a CPU in float32."""
 
     geometry: str
     vote_rule: str
@@ -84,7 +84,14 @@ def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
     before = resident_bytes() if on_cpu else 0
     model = ghost_model(setting.geometry, manifolds.build("compact" if rule.vote_bits else manifolds.DEFAULT))
     model.to(torch.device(device))  # type: ignore[arg-type]
-    recipe = Recipe(steps=100, grad_accum=1, lr=1e-4, vote_rule=cast(Any, setting.vote_rule), device=device)
+    recipe = Recipe(
+        steps=100,
+        grad_accum=1,
+        lr=1e-4,
+        vote_rule=cast(Any, setting.vote_rule),
+        compute="float32" if on_cpu else "auto",
+        device=device,
+    )
     peel = LayerPeel.parse(setting.peel, setting.window)
     watch = NightWatch(
         peel,

@@ -63,13 +63,6 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def has_bfloat16_cpu() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX); torch emulates it elsewhere, ten times
-    slower than float32."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 # -- time -------------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,6 @@ import vote_trainer
 from bench_models import NAMES, Endless, dense_model, ghost_model
 from bench_tools import (
     Times,
-    has_bfloat16_cpu,
     in_own_process,
     machine,
     peak_bytes,
@@ -48,7 +47,7 @@ from bench_tools import (
     write_json,
 )
 from ghost_core import GhostGrid
-from prime_device import return_freed_memory
+from prime_device import has_native_bfloat16, return_freed_memory
 from prime_quality import add_adapters
 from qwen_prime_wrapper import answer_loss, count_parameters
 from step_profile import profile_step
@@ -178,7 +177,7 @@ class TrainBench:
     def compute(self) -> str:
         """Type of matrix products."""
         if self.precision == "auto":
-            return "bfloat16" if has_bfloat16_cpu() else "float32"
+            return "bfloat16" if has_native_bfloat16("cpu") else "float32"
         return self.precision
 
 

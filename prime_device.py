@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import sys
@@ -18,9 +19,28 @@ class DeviceError(RuntimeError):
 
 
 def has_native_bfloat16(device: str) -> bool:
-    """Whether a device computes in bfloat16 itself; torch also says yes where it emulates. Never on a CPU, where few
-    can and none gains."""
-    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether a device multiplies bfloat16 itself; torch also does where it has to emulate.
+
+    A CPU that emulates is ten times slower than with float32, one with AVX-512 BF16 or AMX five times faster. Only
+    Linux says which it is.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and not _BFLOAT16_FLAGS.isdisjoint(_cpu_flags())
+
+
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo lists for the first core; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
 def check_device(device: str) -> None:

@@ -464,6 +464,7 @@ def execute(run: Run, task: Task, data_root: Path, device: str = "cpu") -> dict[
         lr=run.lr,
         warmup=task.warmup,
         vote_rule=cast(Any, method.vote_rule or "momentum"),
+        compute="float32",
         gradient_checkpointing=False,
         seed=run.seed,
         device=device,

@@ -62,6 +62,7 @@ def settings(folder: Path) -> Any:
         sample_every=200,
         save_every=50,
         core_eval=False,
+        compute="float32",
         resume=bool(list((folder / "run").glob("*_prime_step_*.pt"))),
     )
 

@@ -190,6 +190,7 @@ def recipe() -> Recipe:
         grad_accum=HEAL_ROWS,
         lr=HEAL_RATE,
         warmup=HEAL_STEPS // 10,
+        compute="float32",
         gradient_checkpointing=False,
         device="cpu",
     )

@@ -65,7 +65,9 @@ def execute(schedule: str, rate: float, seed: int) -> dict[str, Any]:
         TrainingGovernor.for_rule(RULE),
         MemoryContingency(Shape(task.seq_len, 1, ACCUMULATION)),
     )
-    recipe = Recipe(steps=STEPS, grad_accum=ACCUMULATION, lr=rate, seed=seed, vote_rule=RULE, device="cpu")
+    recipe = Recipe(
+        steps=STEPS, grad_accum=ACCUMULATION, lr=rate, seed=seed, vote_rule=RULE, device="cpu", compute="float32"
+    )
     trainer = VoteTrainer(model, batches, recipe, watch)
     before = score(data.target), score(data.source)
     curve, seconds, most = [(0, before[0])], 0.0, 0

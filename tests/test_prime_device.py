@@ -64,7 +64,15 @@ def test_bfloat16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
     assert not device.has_native_bfloat16("cuda") and asked == [False]
-    assert not device.has_native_bfloat16("cpu")
+    for flags, native in (({"avx2"}, False), ({"avx512f", "avx512_bf16"}, True), ({"amx_bf16"}, True), (set(), False)):
+        monkeypatch.setattr(device, "_cpu_flags", lambda flags=flags: frozenset(flags))
+        assert device.has_native_bfloat16("cpu") is native
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo here")
+def test_the_processors_flags_are_those_of_this_machine() -> None:
+    flags = device._cpu_flags()
+    assert flags and all(f" {flag} " in f"{Path('/proc/cpuinfo').read_text()} ".replace("\n", " ") for flag in flags)
 
 
 def test_what_counts_as_out_of_memory() -> None:
