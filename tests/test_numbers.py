@@ -499,11 +499,11 @@ POISONS = ("nan", "inf", "-inf", "overflow")
 
 
 def poison(gradient: torch.Tensor, kind: str) -> torch.Tensor:
-    """A copy with one element that is not finite, or finite throughout with a sum beyond float32."""
+    """A copy with one element that is not finite, or finite throughout with a sum beyond its type."""
     damaged = gradient.clone()
     flat = damaged.view(-1)
     if kind == "overflow":
-        flat[: len(flat) // 2 + 1] = MAX
+        flat[: len(flat) // 2 + 1] = torch.finfo(damaged.dtype).max
         assert bool(torch.isfinite(damaged).all()) and not bool(torch.isfinite(damaged.sum()))
     else:
         flat[len(flat) // 2] = float(kind)

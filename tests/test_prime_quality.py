@@ -130,7 +130,9 @@ def test_dense_and_votes_see_the_same_tokens_and_the_same_loss(task: quality.Tas
     model, _, batches = make_parts(task)
     hf_config = json.loads((Path(task.model) / "config.json").read_text())
     ghost = quality.to_grid(model, hf_config, manifolds.build())
-    recipe = Recipe(steps=2, grad_accum=2, lr=0.0, warmup=0, gradient_checkpointing=False, device="cpu")
+    recipe = Recipe(
+        steps=2, grad_accum=2, lr=0.0, warmup=0, compute="float32", gradient_checkpointing=False, device="cpu"
+    )
     dense = quality.DenseTrainer(model, batches(), recipe, quality.METHODS["adamw"])
     votes = VoteTrainer(ghost, batches(), recipe)
     for _ in range(2):

@@ -147,7 +147,12 @@ def test_sampling_follows_the_model_until_told_otherwise(loaded: tuple) -> None:
     assert Sampling(top_k=5).config(model, [1], 0, 9).do_sample is True
 
 
-def test_a_dense_copy_computes_the_same(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_a_dense_copy_computes_the_same(
+    native: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the type that the machine multiplies itself."""
+    monkeypatch.setattr(program, "has_native_bfloat16", lambda device: native)
     caplog.set_level("INFO")
     replies = []
     for weights in ("auto", "dense", "indices"):
@@ -155,13 +160,18 @@ def test_a_dense_copy_computes_the_same(checkpoint: Path, caplog: pytest.LogCapt
         assert bool(grids_of(model)) == (weights == "indices")
         replies.append(Chat(model, tokenizer, sampling=GREEDY).ask("def add(a, b):").text)
     assert len(set(replies)) == 1 and replies[0]
-    assert len(caplog.records) == 3 and "dense float32 copy" in caplog.text and "looked up" in caplog.text
+    assert (
+        len(caplog.records) == 3
+        and f"dense {'bfloat16' if native else 'float32'} copy" in caplog.text
+        and "looked up" in caplog.text
+    )
 
 
 def test_a_dense_copy_that_does_not_fit(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
+    monkeypatch.setattr(program, "has_native_bfloat16", lambda device: False)
     monkeypatch.setattr(program, "memory_available", lambda device: 10_000_000)
     assert grids_of(program.open_model(checkpoint, "auto", "cpu")[0])
     assert "would need 0.02 GB" in caplog.text

@@ -29,7 +29,7 @@ import verify_qwen_prime as verify
 import vote_trainer
 from prime_checkpoint import check_file, load_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
-from qwen_prime_wrapper import model_from_checkpoint
+from qwen_prime_wrapper import model_from_checkpoint, model_tensors
 from run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,7 +243,7 @@ def test_moving_to_the_compact_manifold_is_nearly_what_an_import_gives(
     assert checkpoint["manifold"]["name"] == "prime-harmonic", "the checkpoint that was given stays"
     assert moved["manifold"]["name"] == "compact"
     wanted = load_checkpoint(sources["compact"])["model"]
-    for name, tensor in train.model_tensors(model).items():
+    for name, tensor in model_tensors(model).items():
         if name.endswith(".indices"):
             off = (tensor.int() - wanted[name].int()).abs()
             assert int(off.max()) <= 64 and float((off > 0).double().mean()) < 0.03, name

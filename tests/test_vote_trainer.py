@@ -302,7 +302,7 @@ def test_the_loss_is_the_mean_over_all_answer_tokens(bench: Bench) -> None:
     """However they are spread over micro-batches: norms and biases see the same gradient too."""
     results, floats = [], []
     for count, rows in ((8, 1), (2, 4), (1, 8)):
-        trainer = bench.trainer(grad_accum=count, batch_size=rows)
+        trainer = bench.trainer(grad_accum=count, batch_size=rows, compute="float32")
         seen: dict[str, torch.Tensor] = {}
         step = trainer.optimizer.step
         trainer.optimizer.step = lambda t=trainer, seen=seen, step=step: (  # type: ignore[method-assign]
