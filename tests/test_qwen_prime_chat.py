@@ -159,12 +159,10 @@ def test_a_dense_copy_computes_the_same(
         model, tokenizer = program.open_model(checkpoint, weights, "cpu")
         assert bool(grids_of(model)) == (weights == "indices")
         replies.append(Chat(model, tokenizer, sampling=GREEDY).ask("def add(a, b):").text)
-    assert len(set(replies)) == 1 and replies[0]
-    assert (
-        len(caplog.records) == 3
-        and f"dense {'bfloat16' if native else 'float32'} copy" in caplog.text
-        and "looked up" in caplog.text
-    )
+    # In bfloat16 a near tie may fall the other way.
+    assert replies[0] == replies[1] and replies[0] and (native or replies[2] == replies[0])
+    copied = f"dense {'bfloat16' if native else 'float32'} copy"
+    assert len(caplog.records) == 3 and copied in caplog.text and "looked up" in caplog.text
 
 
 def test_a_dense_copy_that_does_not_fit(
