@@ -235,11 +235,15 @@ class Verdict:
 
 @dataclass
 class AntigravitySentinel:
-    """Judges finished steps. Losses in nats a token; movement is mean |change| of open weights over the rate.
+    """Judges finished steps. Losses in nats a token; movement is mean |change| of open weights over the rate, ``share``
+    the same over their mean size.
 
     A step spikes when its loss is not finite or exceeds the median of the last ``memory`` good steps by ``nats`` and by
-    ``deviations`` of their spread; it is an avalanche when its movement exceeds ``times`` their median. ``patience``
-    spikes in a row or one avalanche roll back. Steps in which every micro-batch was lost neither move nor spike.
+    ``deviations`` of their spread; it is an avalanche when its movement exceeds ``times`` their median and is more than
+    ``harmless`` of the weights: where usual steps hardly move, as on data that are known by heart, the next ordinary
+    one is many times as large. ``patience`` spikes in a row or one avalanche roll back. Steps in which every
+    micro-batch was lost neither move nor spike. Returns are counted while they come within ``calm`` good steps of each
+    other.
     """
 
     memory: int = 32
@@ -248,17 +252,24 @@ class AntigravitySentinel:
     nats: float = 0.5
     deviations: float = 8.0
     times: float = 8.0
+    harmless: float = 0.001
+    """Usual steps at default rates move weights by 0.0002 to 0.003 of their size."""
     patience: int = 3
     cooling: float = 0.5
     """What a return does to the learning rate."""
     returns_max: int = 3
-    """Returns in a run; one more ends it."""
+    """Returns, one after the other; one more ends the run."""
+    calm: int = 500
+    """Good steps after which earlier returns no longer count; the rate stays where they have brought it."""
     lost_max: int = 10
     """Steps in a row without one finite micro-batch; they end the run."""
 
     heat: float = 1.0
     """Factor on the learning rate."""
     returns: int = 0
+    """Returns that still count."""
+    since: int = 0
+    """Good steps since the last return."""
     skipped: int = 0
     """Micro-batches that were not finite, in the whole run."""
     lost: int = 0
@@ -274,7 +285,7 @@ class AntigravitySentinel:
         """Other layers are open now: what is usual has to be learned anew."""
         self._moves.clear()
 
-    def judge(self, step: int, loss: float, movement: float, skipped: int, micro_batches: int) -> Verdict:
+    def judge(self, step: int, loss: float, movement: float, share: float, skipped: int, micro_batches: int) -> Verdict:
         """Verdict on a step (its number counted from 1) of so many micro-batches, ``skipped`` of them not finite."""
         self.skipped += skipped
         if skipped >= micro_batches:
@@ -284,7 +295,7 @@ class AntigravitySentinel:
                 return Verdict("end", f"{self.lost} steps in a row had no finite micro-batch", step)
             return Verdict("non_finite", f"all {skipped} micro-batches were not finite: nothing moved")
         self.lost = 0
-        if self._is_avalanche(movement):
+        if share > self.harmless and self._is_avalanche(movement):
             usual = statistics.median(self._moves)
             return self._return(step, f"weights moved {movement / usual:.1f} times as far as usual")
         if self._is_spike(loss):
@@ -295,6 +306,9 @@ class AntigravitySentinel:
                 return self._return(step, f"{reason}, {self.streak} steps in a row")
             return Verdict("spike", reason)
         self.streak = 0
+        self.since += 1
+        if self.since >= self.calm:
+            self.returns = 0
         self._losses.append(loss)
         self._moves.append(movement)
         if skipped:
@@ -320,14 +334,14 @@ class AntigravitySentinel:
         first = step - max(self.streak, 1)
         self.returns += 1
         self.heat *= self.cooling
-        self.streak = 0
+        self.streak = self.since = 0
         self._losses.clear()
         self._moves.clear()
         if self.returns > self.returns_max:
             return Verdict("end", f"{reason}; {self.returns_max} returns to a checkpoint did not help", first)
         return Verdict("roll_back", reason, first)
 
-    _PLAIN = ("heat", "returns", "skipped", "lost", "streak")
+    _PLAIN = ("heat", "returns", "since", "skipped", "lost", "streak")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later verdicts depend on, plain types."""
@@ -340,7 +354,8 @@ class AntigravitySentinel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         for name in self._PLAIN:
-            setattr(self, name, state[name])
+            # Checkpoints from before returns were forgotten have no count of steps since then.
+            setattr(self, name, state.get(name, 0) if name == "since" else state[name])
         self._losses = deque(state["losses"], maxlen=self.memory)
         self._moves = deque(state["moves"], maxlen=self.memory)
 

@@ -532,8 +532,10 @@ class VoteTrainer:
                 )
         weights = sum(m.weights for m in result.moved.values())
         travel = sum(m.travel * m.weights for m in result.moved.values())
+        size = sum(m.mean_size * m.weights for m in result.moved.values())
         movement = travel / weights / result.rate if weights and result.rate > 0 else 0.0
-        result.verdict = sentinel.judge(self.done, result.loss, movement, result.skipped, result.micro_batches)
+        share = travel / size if size > 0 else 0.0
+        result.verdict = sentinel.judge(self.done, result.loss, movement, share, result.skipped, result.micro_batches)
         if result.skipped < result.micro_batches and result.verdict.kind in ("ok", "spike", "non_finite"):
             evidence = {
                 name: Evidence(grid.heard, grid.followed.share, grid.obeyed.share, result.moved[name].flips)

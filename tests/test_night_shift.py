@@ -165,7 +165,7 @@ def test_a_lock_keeps_nothing_and_an_open_layer_keeps_its_votes(checkpoint: dict
 
 
 def judged(sentinel: AntigravitySentinel, losses: list[float], start: int = 1, **fields: Any) -> list[str]:
-    given = {"movement": 1.0, "skipped": 0, "micro_batches": 4, **fields}
+    given = {"movement": 1.0, "share": 0.01, "skipped": 0, "micro_batches": 4, **fields}
     return [sentinel.judge(start + i, loss, **given).kind for i, loss in enumerate(losses)]
 
 
@@ -176,8 +176,8 @@ def test_one_spike_is_noted_and_three_in_a_row_return() -> None:
     sentinel = AntigravitySentinel()
     assert judged(sentinel, USUAL) == ["ok"] * 12
     assert judged(sentinel, [9.0, 9.0, 2.0, 9.0], 13) == ["spike", "spike", "ok", "spike"]
-    sentinel.judge(17, 9.0, 1.0, 0, 4)
-    verdict = sentinel.judge(18, math.nan, 1.0, 0, 4)
+    sentinel.judge(17, 9.0, 1.0, 0.01, 0, 4)
+    verdict = sentinel.judge(18, math.nan, 1.0, 0.01, 0, 4)
     assert (verdict.kind, verdict.to) == ("roll_back", 15), "the last step before the three"
     assert sentinel.heat == 0.5 and sentinel.returns == 1 and sentinel.streak == 0
 
@@ -193,12 +193,12 @@ def test_noise_falling_losses_and_the_first_steps_are_no_spikes() -> None:
 def test_an_avalanche_returns_at_once() -> None:
     sentinel = AntigravitySentinel()
     judged(sentinel, USUAL)
-    verdict = sentinel.judge(13, 2.0, 8.5, 0, 4)
+    verdict = sentinel.judge(13, 2.0, 8.5, 0.01, 0, 4)
     assert (verdict.kind, verdict.to) == ("roll_back", 12) and "8.5 times" in verdict.reason
     sentinel = AntigravitySentinel()
     judged(sentinel, USUAL)
     sentinel.forget_movement()
-    assert sentinel.judge(13, 2.0, 8.5, 0, 4).kind == "ok", "other layers are open: what is usual is not known"
+    assert sentinel.judge(13, 2.0, 8.5, 0.01, 0, 4).kind == "ok", "other layers are open: what is usual is not known"
 
 
 def test_too_many_returns_end_the_run() -> None:
@@ -206,8 +206,27 @@ def test_too_many_returns_end_the_run() -> None:
     kinds = []
     for _ in range(4):
         judged(sentinel, USUAL)
-        kinds.append(sentinel.judge(13, 2.0, 99.0, 0, 4).kind)
+        kinds.append(sentinel.judge(13, 2.0, 99.0, 0.01, 0, 4).kind)
     assert kinds == ["roll_back"] * 3 + ["end"]
+
+
+def test_an_ordinary_step_among_steps_that_hardly_move_is_no_avalanche() -> None:
+    sentinel = AntigravitySentinel()
+    judged(sentinel, USUAL, movement=0.001)
+    assert sentinel.judge(13, 2.0, 0.1, 0.0009, 0, 4).kind == "ok", "a hundred times the usual, and nothing"
+    assert sentinel.judge(14, 2.0, 0.1, 0.0011, 0, 4).kind == "roll_back"
+
+
+def test_returns_far_apart_do_not_add_up() -> None:
+    sentinel = AntigravitySentinel(calm=20)
+    for number in range(1, 8):
+        judged(sentinel, USUAL * 2)
+        assert sentinel.judge(25, 2.0, 99.0, 0.01, 0, 4).kind == "roll_back"
+        assert sentinel.returns == 1 and sentinel.heat == 0.5**number
+    kept = sentinel.state_dict()
+    assert kept["since"] == 0
+    del kept["since"]
+    AntigravitySentinel().load_state_dict(kept)
 
 
 def test_lost_steps_are_counted_and_end_the_run() -> None:

@@ -85,7 +85,7 @@ class Plan:
         import_source(source, self.checkpoint)
 
     def accidents(self) -> dict[int, str]:
-        """Step to accident. Memory runs out three times, in the first half: batches keep their shape from then on."""
+        """Step to accident. Memory runs out twice, in the first half: batches keep their shape from then on."""
         draw = random.Random(self.seed)
         found: dict[int, str] = {}
         for step in range(1, self.steps):
@@ -95,7 +95,7 @@ class Plan:
                     found[step] = kind
                     break
                 chance -= share
-        for part in (0.1, 0.25, 0.4):
+        for part in (0.1, 0.3):
             found[round(part * self.steps)] = "out_of_memory"
         return found
 
@@ -314,7 +314,7 @@ def main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     begun = time.perf_counter()
     settings = {"--batch-size": 2, "--seq-len": 128, "--grad-accum": 1, "--lr": 1e-4, "--eval-every": 500}
-    settings |= {"--sample-every": 1000, "--sample-tokens": 16, "--save-every": 50, "--shortest-seq-len": 64}
+    settings |= {"--sample-every": 1000, "--sample-tokens": 16, "--save-every": 50, "--shortest-seq-len": 96}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         data = ROOT / "assets" / "stdlib_instruct.jsonl"
         plan = Plan(Path(name), data, settings, arguments.steps, arguments.kills, arguments.full, arguments.seed)
