@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import ghost_kernels as kernels
+import sliced_softmax
 from manifolds import Manifold
 from vote_rules import Ballot, VoteState
 
@@ -545,15 +546,10 @@ class _CrossEntropyFunction(torch.autograd.Function):
         slices = list(grid.slices())
         ctx.logits = None
         for rows in slices:
-            logits = (x @ grid.dequantize(rows, x.dtype).T).float()
+            logits = x @ grid.dequantize(rows, x.dtype).T
             if len(slices) == 1 and logits.numel() <= SLICE_ELEMENTS and any(ctx.needs_input_grad):
                 ctx.logits = logits
-            new_top = torch.maximum(top, logits.max(1).values)
-            total = total * (top - new_top).exp() + (logits - new_top[:, None]).exp_().sum(1)
-            top = new_top
-            here = (targets >= rows.start) & (targets < rows.stop)
-            column = (targets - rows.start).clamp(0, logits.shape[1] - 1)
-            picked = torch.where(here, logits.gather(1, column[:, None])[:, 0], picked)
+            sliced_softmax.observe(logits, targets, rows.start, top, total, picked)
         norm = top + total.log()
         ctx.save_for_backward(x, targets, norm)
         return (norm - picked).sum()
@@ -566,14 +562,11 @@ class _CrossEntropyFunction(torch.autograd.Function):
         below = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for k, rows in enumerate(grid.slices()):
             weights = grid.dequantize(rows, x.dtype)
-            logits = (x @ weights.T).float() if ctx.logits is None else ctx.logits
+            logits = x @ weights.T if ctx.logits is None else ctx.logits
             # A second pass over the same graph must find no logits that the first has changed.
             ctx.logits = None
-            part = logits.sub_(norm[:, None]).exp_()
+            part = sliced_softmax.turn_into_gradient(logits, targets, rows.start, norm, gradient)
             del logits
-            here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
-            part[here, targets[here] - rows.start] -= 1.0
-            part = part.mul_(gradient).to(x.dtype)
             if below is not None:
                 below.addmm_(part, weights)
             del weights

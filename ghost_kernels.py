@@ -181,12 +181,12 @@ def _hash(position, key0, key1):
     return _scramble(np.uint32(np.uint32(np.uint32(position) * _STRIDE) + key0), key1)
 
 
-def _as_float(number):
+def as_float(number):
     """A float32 as it is, or one from the bits of a bfloat16; for compiled code only."""
     raise NotImplementedError
 
 
-@numba.extending.overload(_as_float, inline="always")
+@numba.extending.overload(as_float, inline="always")
 def _as_float_typed(number):
     if isinstance(number, numba.types.Float):
         return lambda number: number
@@ -315,7 +315,7 @@ def _cast_rows(
         for j in range(columns):
             # Every sum of 32-bit numbers is cut back at once: numba widens it to 64 bits, half as many a register.
             # 2^16 must not meet the yardstick first: its product may be infinite where the gradient's is not.
-            t = np.float32(np.float32(_as_float(gradient[k, j]) * y) * np.float32(65536.0))
+            t = np.float32(np.float32(as_float(gradient[k, j]) * y) * np.float32(65536.0))
             f = np.int32(np.rint(min(max(t, -top), top)))
             h = _scramble(x, key1)
             x = np.uint32(x + _STRIDE)
@@ -499,7 +499,7 @@ _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
 
-def _run_rows(function: Callable[..., None], rows: int, elements: int, *arguments: object) -> None:
+def run_rows(function: Callable[..., None], rows: int, elements: int, *arguments: object) -> None:
     """Call a row kernel over all rows, on as many threads as torch is set to use."""
     global _pool, _pool_size
     threads = min(torch.get_num_threads(), rows, 1 + elements // 65536)
@@ -776,9 +776,9 @@ def dequantize(
     if backend_for(device, backend) == "numba":
         arrays = (indices.numpy(), scale.detach().numpy(), manifold.values.numpy())
         if dtype == torch.float32:
-            _run_rows(_dequantize_rows, rows, indices.numel(), *arrays, out.numpy())
+            run_rows(_dequantize_rows, rows, indices.numel(), *arrays, out.numpy())
         else:
-            _run_rows(_dequantize_rows_bfloat16, rows, indices.numel(), *arrays, out.view(torch.uint16).numpy())
+            run_rows(_dequantize_rows_bfloat16, rows, indices.numel(), *arrays, out.view(torch.uint16).numpy())
     else:
         _dequantize_reference(indices, scale.detach(), manifold, out)
     return out
@@ -849,7 +849,7 @@ def snap(
             sums = parts[start] = np.zeros(4)
             _snap_rows(weights.numpy(), scale.numpy(), *tables, bits, out.numpy(), sums, start, stop)
 
-        _run_rows(run, rows, weights.numel())
+        run_rows(run, rows, weights.numel())
         # In the order of rows, not of completion: float sums depend on it.
         sums = np.sum([parts[start] for start in sorted(parts)], axis=0)
     else:
@@ -931,7 +931,7 @@ def cast_votes(
         sums = (row_squares.numpy(), row_sketch.numpy())
         plain = (np.uint32(keys[0]), np.uint32(keys[1]), np.uint32(offset), np.int32(units.limit), np.int32(units.wide))
         signs = (np.int32(units.stat_shift), np.int32(sign))
-        _run_rows(_cast_rows, len(rows), gradient.numel(), *arrays, *sums, gradient.shape[1], *plain, *signs)
+        run_rows(_cast_rows, len(rows), gradient.numel(), *arrays, *sums, gradient.shape[1], *plain, *signs)
     else:
         _cast_reference(gradient, rows, yardstick, votes, row_squares, row_sketch, keys, offset, units, sign)
 
@@ -964,7 +964,7 @@ def cast_whispers(
     if _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend) == "numba":
         arrays = (votes.numpy(), row_sizes.numpy(), row_squares.numpy(), np.int32(sign))
         read = (gradient.numpy(), rows.numpy(), yardstick.numpy(), np.int32(min(gate, 2**31 - 1)))
-        _run_rows(_whisper_rows, len(rows), gradient.numel(), *read, *arrays)
+        run_rows(_whisper_rows, len(rows), gradient.numel(), *read, *arrays)
     else:
         _whisper_reference(gradient, rows, yardstick, gate, votes, row_sizes, row_squares, sign)
 
@@ -1024,7 +1024,7 @@ def _count_rows(function: Callable[..., None], indices: torch.Tensor, *arguments
         parts.append(counts)
         function(*arguments, counts, start, stop)
 
-    _run_rows(run, len(indices), indices.numel())
+    run_rows(run, len(indices), indices.numel())
     flips, travel, clipped = np.sum(parts, axis=0)
     return int(flips), int(travel), int(clipped)
 

@@ -139,7 +139,9 @@ def _step_lines(
     head = max(top.grids.values(), key=lambda g: g.indices.numel())
     columns = min(max(1, SLICE_ELEMENTS // head.shape[1]), head.shape[0])
     # Logits, their softmax and its cast; weights and their gradient; the hidden states, normed, and their gradient.
-    head_peak = 2 * 4 * tokens * columns + _slice(head) * (dense + gradient) + 4 * row
+    # A CPU makes the logits their own gradient.
+    logits = tokens * columns * (8 if settings.cuda else width)
+    head_peak = logits + _slice(head) * (dense + gradient) + 4 * row
     if graph and settings.gradient_checkpointing:
         # The top layer is not computed again and waits, without the gradients that make up half of its share.
         head_peak += layer // 2

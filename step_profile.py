@@ -17,8 +17,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import ghost_kernels
+import sliced_softmax
 
-KERNELS = ("dequantize", "cast_votes", "cast_whispers", "apply_votes", "flip_by_majority")
+KERNELS = {
+    **dict.fromkeys(("dequantize", "cast_votes", "cast_whispers", "apply_votes", "flip_by_majority"), ghost_kernels),
+    **dict.fromkeys(("observe", "turn_into_gradient"), sliced_softmax),
+}
 TRACE, BREAKDOWN = "trace.json", "breakdown.txt"
 _PREFIX = "kernel "
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -44,9 +48,8 @@ def named_kernels() -> Iterator[None]:
         return run
 
     with contextlib.ExitStack() as stack:
-        for name in KERNELS:
-            wrapped = named(name, getattr(ghost_kernels, name))
-            stack.enter_context(mock.patch.object(ghost_kernels, name, wrapped))
+        for name, module in KERNELS.items():
+            stack.enter_context(mock.patch.object(module, name, named(name, getattr(module, name))))
         yield
 
 
