@@ -631,8 +631,8 @@ def tokenizer_without_vocabulary(checkpoint: Checkpoint) -> None:
     checkpoint["tokenizer"]["files"] = files
 
 
-def tokenizer_outside(checkpoint: Checkpoint) -> None:
-    checkpoint["tokenizer"]["files"]["../outside.json"] = torch.zeros(3, dtype=torch.uint8)
+def tokenizer_with_code(checkpoint: Checkpoint) -> None:
+    checkpoint["tokenizer"]["files"]["modeling_prime.py"] = torch.zeros(3, dtype=torch.uint8)
 
 
 PLANTS: list[tuple[Callable[[Checkpoint], None], set[str]]] = [
@@ -694,7 +694,7 @@ PLANTS: list[tuple[Callable[[Checkpoint], None], set[str]]] = [
     (flipped_tokenizer_byte, {"tokenizer"}),
     (no_tokenizer, {"tokenizer"}),
     (tokenizer_without_vocabulary, {"tokenizer"}),
-    (tokenizer_outside, {"tokenizer"}),
+    (tokenizer_with_code, {"tokenizer"}),
 ]
 
 
