@@ -36,8 +36,8 @@ def test_good_files_are_read_and_hostile_ones_refused(targets: dict[str, Target]
     (tmp_path / target.name).write_bytes(target.data)
     target.parse(tmp_path / target.name)
     seed = random.SystemRandom().randrange(1 << 40)
-    count, failed = fuzz(target, tmp_path, seed, 1.0, [t.data for t in targets.values()])
-    assert count >= 5 and not failed
+    found = fuzz(target, tmp_path, seed, 1.0, [t.data for t in targets.values()])
+    assert found.files >= 5 and not found.failed
 
 
 def test_the_harness_notices(targets: dict[str, Target], tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_harness_notices(targets: dict[str, Target], tmp_path: Path) -> None
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fuzzing, "SECONDS", 0.3)
-            _, failed = fuzz(Target(b"good", parse, ()), tmp_path, 1, 0.2, [b"x" * 50])
+            failed = fuzz(Target(b"good", parse, ()), tmp_path, 1, 0.2, [b"x" * 50]).failed
         assert failed and words in failed[0][1]
 
 
