@@ -252,6 +252,35 @@ def test_a_micro_batch_that_runs_out_of_memory_leaves_no_trace(
     assert integers(trainer) != before
 
 
+@pytest.mark.parametrize("rule", ["momentum", "compact"])
+@pytest.mark.parametrize("mode", ["measure", "cast"])
+@pytest.mark.parametrize(("peel", "opened"), [(LayerPeel.parse("none", None), 0), (PEEL, 2)], ids=["all", "a layer"])
+def test_memory_that_runs_out_beside_a_first_measuring_leaves_no_yardstick(
+    make: Make, monkeypatch: pytest.MonkeyPatch, rule: str, mode: str, peel: LayerPeel, opened: int
+) -> None:
+    """In it or right after it, before one micro-batch is complete: the step is that of a run whose probe found out.
+    What was open earlier keeps its own yardstick."""
+    start = make(peel, vote_rule=rule)
+    for _ in range(opened):
+        start.step()
+    content = saved(start)
+    wanted = go_on(make, content, peel=peel, vote_rule=rule)
+    with monkeypatch.context() as patched:
+        shortage = Shortage(patched, wanted)
+        shortage.at(probe=[1])
+        wanted.step()
+    calls = shortage.calls[mode] // (1 if mode == "measure" else 4)
+    assert calls == {("measure", 0): 23, ("measure", 2): 7, ("cast", 0): 23, ("cast", 2): 8}[mode, opened]
+    for place in (1, 5, calls):
+        trainer = go_on(make, content, peel=peel, vote_rule=rule)
+        with monkeypatch.context() as patched:
+            Shortage(patched, trainer).at(**{mode: [place]})
+            result = trainer.step()
+        assert [fields["where"] for kind, fields in result.events if kind == "out_of_memory"] == ["micro-batch 0 of 3"]
+        assert trainer.shape == wanted.shape == Shape(24, 1, 4)
+        assert fingerprint(trainer) == fingerprint(wanted), place
+
+
 def test_votes_that_cannot_be_taken_back_are_said_to_be_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(LayerPeel())
     trainer.step()
