@@ -85,12 +85,15 @@ class Obedience:
 
     together: float = 0.0
     size: float = 0.0
+    deeds: int = 0
+    """How many elements of the second kind were not zero."""
 
     def add(self, wish: torch.Tensor, deed: torch.Tensor) -> None:
         """Add rows of two tensors of one shape."""
         product = wish.double() * deed.double()
         self.together += float(product.sum())
         self.size += float(product.abs().sum())
+        self.deeds += int(torch.count_nonzero(deed))
 
     @property
     def share(self) -> float | None:
@@ -108,8 +111,10 @@ class GhostGrid(nn.Module):
     While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the grid
     stands: 2 where head and embedding are tied. ``heat`` is a factor on this grid's learning rate, 1 unless a governor
     brakes it. Where the ballot listens, ``agreement`` compares the votes of earlier steps with a fresh gradient,
-    ``followed`` the votes that a gradient cast with itself, ``obeyed`` moves with the votes that made them, and
-    ``heard`` says whether a gradient came by, all since :meth:`begin_step`.
+    ``followed`` the votes that a gradient cast with itself, ``seconded`` the votes of a step's micro-batches with the
+    gradient of its last one, which had no say in them (where a step has one micro-batch, the votes that the step before
+    cast), ``obeyed`` moves with the votes that made them, and ``heard`` says whether a gradient came by, all since
+    :meth:`begin_step`.
     """
 
     indices: torch.Tensor
@@ -125,6 +130,7 @@ class GhostGrid(nn.Module):
         self.state: VoteState | None = None
         self.uses = 1
         self.heat = 1.0
+        self._looked_at: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.begin_step()
         self._inverse_scale: torch.Tensor | None = None
 
@@ -237,6 +243,7 @@ class GhostGrid(nn.Module):
 
     def lock(self) -> None:
         """Drop the votes and the row state: nothing is hoarded behind a lock."""
+        self._looked_at.clear()
         if self.state is not None and self.state.votes is None:
             for rows in self.slices():
                 self.indices[rows] = self.tables().levels(self.indices[rows]) << self.tables().vote_bits
@@ -271,7 +278,8 @@ class GhostGrid(nn.Module):
     def begin_step(self) -> None:
         """Forget what was found of the step before."""
         self.heard = False
-        self.agreement, self.followed, self.obeyed = Agreement(), Obedience(), Obedience()
+        self.agreement, self.seconded = Agreement(), Agreement()
+        self.followed, self.obeyed = Obedience(), Obedience()
 
     def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int = 0) -> None:
         """Measure or vote with the gradient of some rows.
@@ -291,22 +299,35 @@ class GhostGrid(nn.Module):
         elif ballot.mode == "measure":
             ballot.rule.measure(self, gradient.float(), rows)
         elif ballot.mode == "cast":
-            if not ballot.listening or ballot.micro_batch > 0 or self.agreement.use not in (None, use):
+            first, last = ballot.micro_batch == 0, ballot.micro_batch == ballot.micro_batches - 1
+            if ballot.listening and (first or last) and self.agreement.use in (None, use):
+                self.agreement.use = use
+                self._listen(gradient, rows, use, part, first, last)
+            else:
                 self._vote(gradient, rows, use, part, 1)
-                if not self.heard:
-                    self.heard = True
-                return
-            self.agreement.use = use
-            chosen = _spread(len(rows), gradient.device)
-            wanted, before = gradient[chosen].float(), self._votes_of(rows[chosen]).int()
-            # The same permutation everywhere: the golden section spreads neighbours, and no generator has a state.
-            columns = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
-            self.agreement.add(wanted, before, (columns * 0.6180339887498949 % 1).argsort())
-            self._vote(gradient, rows, use, part, 1)
-            self.followed.add(-wanted, self._votes_of(rows[chosen]).int() - before)
-            self.heard |= bool(wanted.any())
+                self.heard = True
         elif ballot.mode == "retract" and (self.name, use, part) in ballot.standing:
             self._vote(gradient, rows, use, part, -1)
+
+    def _listen(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int, first: bool, last: bool) -> None:
+        """Vote, and look at a few of the rows before and after it."""
+        chosen = _spread(len(rows), gradient.device)
+        wanted, votes = gradient[chosen].float(), self._votes_of(rows[chosen])
+        before = votes.int()
+        # The same permutation everywhere: the golden section spreads neighbours, and no generator has a state.
+        columns = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
+        order = (columns * 0.6180339887498949 % 1).argsort()
+        if last and (kept := self._looked_at.pop(part, None)) is not None and torch.equal(kept[0], rows[chosen]):
+            self.seconded.add(wanted, kept[1] if first else before - kept[1], order)
+        if first:
+            self.agreement.add(wanted, before, order)
+        self._vote(gradient, rows, use, part, 1)
+        if first:
+            cast = self._votes_of(rows[chosen]).int() - before
+            self.followed.add(-wanted, cast)
+            # For the last micro-batch: where the step began, or what it cast, where that one comes in the next step.
+            self._looked_at[part] = (rows[chosen], cast.short() if last else votes)
+        self.heard |= bool(wanted.any()) if first else True
 
     def _vote(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int, sign: int) -> None:
         ballot = self.ballot

@@ -67,6 +67,7 @@ from qwen_prime_wrapper import (
 from run_folder import RunFolder, RunLocked, run_name
 from text_records import DataError
 from training_data import DataSettings, TrainingData, open_data
+from vote_guard import VoteGuard
 from vote_rules import RuleError
 from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, VoteTrainer
 from whole_output import write_whole
@@ -100,6 +101,9 @@ class TrainConfig(Recipe, DataSettings):
     """Brake layers that move too fast."""
     governor_limit: float | None = None
     """What is too fast, by default 0.02 of the mean weight in a step, for the rules of whisper votes 0.0005 flips."""
+    unseconded_max: int = 1000
+    """Steps over whose mean votes must agree with fresh gradients better than shuffled votes do, unless the held-out
+    loss still falls; otherwise the run ends. 0: never."""
     shortest_seq_len: int = 256
     """Where memory runs out rows shorten, not below this."""
     eval_every: int = 50
@@ -129,7 +133,7 @@ class TrainConfig(Recipe, DataSettings):
         for name in ("seq_len", "batch_size", "save_every", "keep_last", "samples", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("eval_every", "sample_every"):
+        for name in ("eval_every", "sample_every", "unseconded_max"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
         if self.shortest_seq_len < 2:
@@ -153,6 +157,7 @@ class TrainConfig(Recipe, DataSettings):
             AntigravitySentinel(),
             TrainingGovernor.for_rule(self.vote_rule, self.governor_limit) if self.governor else None,
             MemoryContingency(self.shape(), self.shortest_seq_len),
+            VoteGuard(unseconded_max=self.unseconded_max),
         )
 
 
@@ -238,7 +243,9 @@ class Session:
             return None
         rows = evaluation_batches(self.held, self.config.seq_len, self.config.batch_size, self.trainer.batches.pad_id)
         with self._unless_memory_runs_out("evaluation"):
-            return mean_answer_loss(self.trainer.model, rows)[0]
+            loss = mean_answer_loss(self.trainer.model, rows)[0]
+            self.watch.guard.evaluated(loss)
+            return loss
         return None
 
     @contextlib.contextmanager
@@ -384,6 +391,7 @@ class Session:
             agreement={n: a for n, (a, _) in result.agreement.items()},
             agreement_control={n: c for n, (_, c) in result.agreement.items()},
             consensus=result.consensus,
+            seconded=result.seconded,
             governor=self.watch.governor.braked() if self.watch.governor else {},
             measured=result.measured,
             movement=result.movement,

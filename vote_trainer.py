@@ -160,6 +160,7 @@ class StepResult:
         verdict: the sentinel's; ``ok`` where there is none.
         measured: what the governor measured, by group of layers.
         agreement: cosines of (votes, shuffled votes) with the first micro-batch's descent direction, by group.
+        seconded: cosine of the votes cast with a fresh gradient's descent direction, less that of shuffled votes.
         consensus: how far the micro-batches agreed with each other, by group: 1/K for noise, 1 for one opinion.
         movement: mean |change| over mean |weight|, by group.
         flips: how many weights changed their index, by group.
@@ -178,6 +179,7 @@ class StepResult:
     verdict: Verdict = field(default_factory=lambda: Verdict("ok"))
     measured: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seconded: float | None = None
     consensus: dict[str, float] = field(default_factory=dict)
     movement: dict[str, float] = field(default_factory=dict)
     flips: dict[str, int] = field(default_factory=dict)
@@ -536,13 +538,21 @@ class VoteTrainer:
         movement = travel / weights / result.rate if weights and result.rate > 0 else 0.0
         share = travel / size if size > 0 else 0.0
         result.verdict = sentinel.judge(self.done, result.loss, movement, share, result.skipped, result.micro_batches)
+        cosines = {name: grid.seconded.cosines for name, grid in self.grids.items() if name in result.moved}
+        seconded = {name: pair[0] - pair[1] for name, pair in cosines.items() if pair is not None}
+        if seconded:
+            result.seconded = sum(seconded.values()) / len(seconded)
         if result.skipped < result.micro_batches and result.verdict.kind in ("ok", "spike", "non_finite"):
             evidence = {
-                name: Evidence(grid.heard, grid.followed.share, grid.obeyed.share, result.moved[name].flips)
+                name: Evidence(
+                    *(grid.heard, grid.followed.share, grid.obeyed.share),
+                    *(result.moved[name].flips, grid.obeyed.deeds),
+                    seconded=seconded.get(name),
+                )
                 for name, grid in self.grids.items()
                 if name in result.moved
             }
-            if (reason := self.watch.guard.look(evidence, result.rate)) is not None:
+            if (reason := self.watch.guard.look(evidence, result.rate, result.loss)) is not None:
                 result.verdict = Verdict("end", reason, self.done)
 
     # -- state ------------------------------------------------------------------------------------------------------
