@@ -4,8 +4,9 @@ A ``GhostGrid`` holds one weight matrix: int16 indices ``(out, in)`` into the ma
 weight = manifold[index] * scale[row]. ``GhostLinearTandem``, ``GhostEmbedding`` and ``ghost_cross_entropy`` are three
 uses of a grid; a tied head is the same grid in two places, with one vote buffer.
 
-Nothing dense outlives its use. The forward pass dequantizes a slice of rows, multiplies, drops it; the backward pass
-dequantizes it again for the gradient of the input, and turns the slice's weight gradient into integer votes at once.
+Nothing dense outlives its use. The forward pass dequantizes a slice of rows, multiplies, drops it (on the CPU into one
+small buffer for all grids); the backward pass dequantizes it again for the gradient of the input, and turns the slice's
+weight gradient into integer votes at once.
 Votes are cast in the backward pass only, so recomputing a forward pass (gradient checkpointing) never votes twice.
 
 Who may vote is explicit: a grid votes while it is unlocked (its buffer exists) and its ``Ballot`` is open. Flags such
@@ -18,6 +19,7 @@ What votes mean and do is the vote rule's business (``vote_rules``); this module
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,10 +39,14 @@ HEADROOM = 1.25
 SLICE_ELEMENTS = 1 << 24
 """Weights dequantized at a time: 64 MiB of float32."""
 
+LENT_ELEMENTS = 1 << 22
+"""Most weights that are lent in a buffer that stays: 16 MiB of float32."""
+
 _LISTEN_ROWS = 16
 """Rows of a slice, or of a grid, that are looked at while the ballot listens."""
 _SAMPLE = 1 << 16
 """About how many weights an estimate of their mean size looks at."""
+_lent = threading.local()
 _placed: dict[tuple[str, torch.device], Manifold] = {}
 
 
@@ -177,6 +183,23 @@ class GhostGrid(nn.Module):
         fused = dtype if dtype == torch.bfloat16 else torch.float32
         weights = kernels.dequantize(indices, scale, self.tables(), backend=self.ballot.backend, dtype=fused)
         return weights if fused == dtype else weights.to(dtype)
+
+    def lend(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Weights as from :meth:`dequantize`, for one product: on the CPU they may lie in a buffer of this thread that
+        the next call, of any grid, writes over. Fresh memory for each product costs more than it holds: the system
+        has to find and clear its pages, and the caches have none of it."""
+        indices = self.indices[rows]
+        fits = indices.device.type == "cpu" and indices.numel() <= LENT_ELEMENTS
+        if not fits or dtype not in (torch.float32, torch.bfloat16):
+            return self.dequantize(rows, dtype)
+        buffer: torch.Tensor | None = getattr(_lent, str(dtype), None)
+        if buffer is None or buffer.numel() < indices.numel():
+            buffer = torch.empty(indices.numel(), dtype=dtype)
+            setattr(_lent, str(dtype), buffer)
+        out = buffer[: indices.numel()].view(indices.shape)
+        return kernels.dequantize(
+            indices, self.scale[rows], self.tables(), out=out, backend=self.ballot.backend, dtype=dtype
+        )
 
     def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Weights of chosen rows: int64 ``(n,)`` to float32 ``(n, in)``."""
@@ -493,11 +516,11 @@ class _LinearFunction(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         parts = list(grid.slices())
         if len(parts) == 1:
-            out = flat @ grid.dequantize(parts[0], x.dtype).T
+            out = flat @ grid.lend(parts[0], x.dtype).T
         else:
             out = flat.new_empty(len(flat), grid.shape[0])
             for rows in parts:
-                out[:, rows] = flat @ grid.dequantize(rows, x.dtype).T
+                out[:, rows] = flat @ grid.lend(rows, x.dtype).T
         return out.view(*x.shape[:-1], grid.shape[0])
 
     @staticmethod
@@ -510,7 +533,7 @@ class _LinearFunction(torch.autograd.Function):
         for k, rows in enumerate(grid.slices()):
             part = gradient[:, rows]
             if ctx.needs_input_grad[0]:
-                product = part @ grid.dequantize(rows, gradient.dtype)
+                product = part @ grid.lend(rows, gradient.dtype)
                 below = product if below is None else below.add_(product)
             if flat is not None:
                 grid.accept(part.T @ flat, _row_range(rows.start, rows.stop, flat.device), _USE_LINEAR, k)
@@ -567,7 +590,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
         slices = list(grid.slices())
         ctx.logits = None
         for rows in slices:
-            logits = x @ grid.dequantize(rows, x.dtype).T
+            logits = x @ grid.lend(rows, x.dtype).T
             if len(slices) == 1 and logits.numel() <= SLICE_ELEMENTS and any(ctx.needs_input_grad):
                 ctx.logits = logits
             sliced_softmax.observe(logits, targets, rows.start, top, total, picked)
@@ -582,7 +605,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
         votes = grid.wants_gradient()
         below = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for k, rows in enumerate(grid.slices()):
-            weights = grid.dequantize(rows, x.dtype)
+            weights = grid.lend(rows, x.dtype)
             logits = x @ weights.T if ctx.logits is None else ctx.logits
             # A second pass over the same graph must find no logits that the first has changed.
             ctx.logits = None

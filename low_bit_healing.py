@@ -54,6 +54,10 @@ class PackedGrid(GhostGrid):
         """Rounded weights of a range of rows, ``(rows, in)``."""
         return self._round(super().dequantize(rows), rows).to(dtype)
 
+    def lend(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """As :meth:`dequantize`."""
+        return self.dequantize(rows, dtype)
+
     def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rounded weights of chosen rows: int64 ``(n,)`` to float32 ``(n, in)``."""
         return self._round(super().dequantize_rows(rows), rows)

@@ -517,12 +517,35 @@ def test_no_dense_weight_gradient_survives(kind: str) -> None:
         loss.backward()
     del loss
     made = watch.made("", (23, 19), (19, 23))
+    # The one buffer in which weights are lent stays.
+    vars(core._lent).clear()
     alive = watch.alive((23, 19), (19, 23))
     if kind == "nn.Linear":
         assert alive
     else:
         assert made and not alive and grid.votes.any()
         assert list(grid.parameters()) == [] and grid.anchor.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lent_weights_are_those_of_the_grid(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one buffer, whatever was in it and whoever had it before; what does not fit into it is fresh."""
+    monkeypatch.setattr(core, "LENT_ELEMENTS", 23 * 19)
+    vars(core._lent).clear()
+    small, large = new_grid(7, 5, 41), new_grid(23, 19, 42)
+    places = set()
+    for grid, rows in ((large, slice(4, 23)), (small, slice(0, 7)), (large, slice(0, 23)), (small, slice(2, 3))):
+        lent = grid.lend(rows, dtype)
+        places.add(lent.data_ptr())
+        assert torch.equal(lent, grid.dequantize(rows, dtype)) and lent.dtype == dtype
+        lent.fill_(math.nan)
+    assert len(places) == 2, "the buffer grew once"
+    wide = new_grid(23, 20, 43)
+    lent = wide.lend(slice(0, 23), dtype)
+    assert lent.data_ptr() not in places and torch.equal(lent, wide.dequantize(dtype=dtype))
+    kept = lent.clone()
+    wide.lend(slice(0, 23), dtype)
+    assert torch.equal(lent, kept)
 
 
 @pytest.mark.parametrize("kind", ["linear", "head"])
