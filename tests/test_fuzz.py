@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_the_harness_notices(targets: dict[str, Target], tmp_path: Path) -> None
             patch.setattr(fuzzing, "SECONDS", 0.3)
             failed = fuzz(Target(b"good", parse, ()), tmp_path, 1, 0.2, [b"x" * 50]).failed
         assert failed and words in failed[0][1]
+
+
+def test_a_pause_of_the_process_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was stopped meets the alarm when it goes on; one that sleeps meets it again and again."""
+    monkeypatch.setattr(fuzzing, "SECONDS", 0.1)
+    for pause, found in ((0.15, "None"), (20.0, "TooSlow")):
+        target = Target(b"", lambda path: time.sleep(pause), ())  # noqa: B023
+        assert str(fuzzing.attempt(target, tmp_path / "x", b"")).startswith(found)
 
 
 def test_changes_come_again_from_their_seed(targets: dict[str, Target]) -> None:
