@@ -104,7 +104,7 @@ def seal_manifest(data: bytes) -> bytes:
         content = json.loads(data)
         content["sha256"] = _hash_of({key: value for key, value in content.items() if key != "sha256"})
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return data
 
 
