@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ghost_core import SLICE_ELEMENTS, GhostGrid
+from ghost_core import KEPT_LOGITS, SLICE_ELEMENTS, GhostGrid
 from night_shift import LayerGroup, LayerPeel, layer_groups
 from vote_rules import VoteRule, rule_named
 
@@ -141,6 +141,8 @@ def _step_lines(
     # Logits, their softmax and its cast; weights and their gradient; the hidden states, normed, and their gradient.
     # A CPU makes the logits their own gradient.
     logits = tokens * columns * (8 if settings.cuda else width)
+    # What waits of the other slices.
+    logits += min(tokens * (head.shape[0] - columns) * width, KEPT_LOGITS)
     head_peak = logits + _slice(head) * (dense + gradient) + 4 * row
     if graph and settings.gradient_checkpointing:
         # The top layer is not computed again and waits, without the gradients that make up half of its share.

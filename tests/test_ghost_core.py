@@ -552,6 +552,7 @@ def test_lent_weights_are_those_of_the_grid(dtype: torch.dtype, monkeypatch: pyt
 def test_neither_weights_nor_logits_nor_gradient_exist_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In slices of 3 rows no float tensor as large as the matrix, or as tokens times the vocabulary, is ever made."""
     monkeypatch.setattr(core, "SLICE_ELEMENTS", 3 * 19)
+    monkeypatch.setattr(core, "KEPT_LOGITS", 0)
     ballot = Ballot(rule=PLAIN)
     grid = new_grid(64, 19, 34, ballot)
     arm(grid, 40.0)
@@ -679,20 +680,37 @@ def test_a_recomputation_leaves_out_the_last_product() -> None:
     assert plain == 6 and recomputed == plain + 1
 
 
-def test_a_head_of_one_slice_computes_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_computes_logits_again_only_where_they_are_large(
+    monkeypatch: pytest.MonkeyPatch, slices: int | None
+) -> None:
     ballot = Ballot(rule=PLAIN)
     grid = new_grid(23, 19, 64, ballot)
     arm(grid, 40.0)
+    parts = list(grid.slices())
     targets = randint(23, (46,), 66)
     ballot.open("cast", 0, 0, 1)
     results = []
-    for limit, expected in ((core.SLICE_ELEMENTS, 3), (23 * 19, 4)):
-        # The second limit takes the weights in one slice, but not the logits, which are larger.
-        monkeypatch.setattr(core, "SLICE_ELEMENTS", limit)
+    for limit, again in ((46 * 23 * 4, 0), (46 * 23 * 4 - 1, 1), (0, len(parts))):
+        monkeypatch.setattr(core, "KEPT_LOGITS", limit)
         x = randn(46, 19, seed=65).requires_grad_()
-        assert products(lambda x=x: ghost_cross_entropy(x, targets, grid).backward()) == expected
+        assert products(lambda x=x: ghost_cross_entropy(x, targets, grid).backward()) == 3 * len(parts) + again
         results.append(x.grad)
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    # Nothing wants a gradient: nothing waits.
+    monkeypatch.setattr(core, "KEPT_LOGITS", 1 << 28)
+    grid.lock()
+    with Watch() as watch:
+        loss = ghost_cross_entropy(randn(46, 19, seed=65), targets, grid)
+    assert watch.made("aten.mm", *((46, rows.stop - rows.start) for rows in parts))
+    assert not watch.alive(*((46, rows.stop - rows.start) for rows in parts)) and not loss.requires_grad
+
+
+def test_a_second_pass_over_a_heads_graph_finds_whole_logits(slices: int | None) -> None:
+    grid = new_grid(23, 19, 64)
+    x, targets = randn(46, 19, seed=65).requires_grad_(), randint(23, (46,), 66)
+    loss = ghost_cross_entropy(x, targets, grid)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert first.any() and torch.equal(first, second)
 
 
 def test_votes_point_against_the_gradient() -> None:
