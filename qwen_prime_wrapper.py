@@ -36,6 +36,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import manifolds
+import packed_attention
 from ghost_core import (
     Ballot,
     GhostEmbedding,
@@ -119,7 +120,9 @@ def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "con
     config = parse_config(hf_config, where)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=packed_attention.NAME
+            )
             swap_modules(model, manifold)
         _restore_computed_buffers(model)
     except Exception as error:
@@ -450,7 +453,10 @@ def answer_loss(
     Returns:
         Loss in nats, summed, float32 scalar; and the number of labelled positions (the first of a row never counts).
     """
-    hidden = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    known = packed_attention.model_arguments(model, position_ids)
+    hidden = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **known)
     targets = labels[:, 1:]
     wanted = targets != -100
     picked = hidden.last_hidden_state[:, :-1][wanted]

@@ -20,6 +20,7 @@ FLOORS = {
     "code_sandbox": 0,
     "harmless_text": 0,
     "vote_guard": 0,
+    "packed_attention": 0,
     "prime_cli": 1,
     "text_records": 1,
     "ghost_kernels": 1,

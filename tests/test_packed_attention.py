@@ -1,0 +1,159 @@
+"""Attention by documents is attention under transformers' mask, and sees nothing else."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import import_source, tiny_config, write_source
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import packed_attention
+from packed_attention import NAME, attend, document_lengths, model_arguments
+from prime_checkpoint import load_checkpoint
+from qwen_prime_wrapper import answer_loss, model_from_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def positions_of(*rows: list[int]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+
+
+def drawn_rows(seed: int, tokens: int, count: int) -> list[list[int]]:
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        row: list[int] = []
+        while (left := tokens - sum(row)) > 0:
+            row.append(min(left, draw.choice([1, 1, 2, 5, 17, 40, 90])))
+        rows.append(row)
+    return rows
+
+
+def test_lengths_of_documents() -> None:
+    assert document_lengths(positions_of([3, 1, 1, 4], [9], [1] * 9)) == ((3, 1, 1, 4), (9,), (1,) * 9)
+    # A row that begins in the middle of a document, as a window of a long text does.
+    assert document_lengths(torch.tensor([[5, 6, 0, 1]])) == ((2, 2),)
+    for seed in range(20):
+        rows = drawn_rows(seed, 120, 3)
+        assert document_lengths(positions_of(*rows)) == tuple(tuple(row) for row in rows)
+
+
+@pytest.mark.parametrize("halved", [320, 16])
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize(
+    "rows", [[[120]], [[70, 1, 1, 48], [120]], [[30, 90], [30, 90]], drawn_rows(3, 120, 3)], ids=str
+)
+def test_results_and_gradients_equal_a_masked_softmax(
+    rows: list[list[int]], key_heads: int, halved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "HALVED", halved)
+    draw = torch.Generator().manual_seed(len(rows) + key_heads)
+    shapes = [(len(rows), heads, 120, 8) for heads in (6, key_heads, key_heads)]
+    q, k, v = (torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes)
+    upstream = torch.randn(len(rows), 120, 6, 8, generator=draw, dtype=torch.float64)
+    lengths = document_lengths(positions_of(*rows))
+    out, _ = attend(torch.nn.Module(), q, k, v, None, documents=lengths, scaling=0.3)
+    got = torch.autograd.grad(out, (q, k, v), upstream)
+    number = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
+    seen = (number[:, :, None] == number[:, None, :]) & torch.ones(120, 120, dtype=torch.bool).tril()
+    k_all, v_all = (t.repeat_interleave(6 // key_heads, 1) for t in (k, v))
+    scores = (q @ k_all.transpose(2, 3) * 0.3).masked_fill(~seen[:, None], -torch.inf)
+    expected = (scores.softmax(-1) @ v_all).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    for mine, reference in zip(got, torch.autograd.grad(expected, (q, k, v), upstream), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
+
+
+MODELS = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """The same model twice: with this implementation, and with transformers' masks."""
+    config_class, model_class = MODELS[request.param]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    models = []
+    for kind in (NAME, "sdpa"):
+        torch.manual_seed(0)
+        config = config_class(
+            **sizes, vocab_size=64, num_hidden_layers=2, head_dim=8, initializer_range=0.15, attn_implementation=kind
+        )
+        models.append(model_class(config))
+    return models[0], models[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_the_same(pair: tuple[Any, Any], checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "HALVED", 30)
+    calls: list[int] = []
+    row = packed_attention._row
+    monkeypatch.setattr(packed_attention, "_row", lambda *given: calls.append(1) or row(*given))
+    positions = positions_of([40, 1, 7, 16], [64])
+    ids = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(5))
+    results = []
+    for model in pair:
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        loss, count = answer_loss(model, ids, ids, positions)
+        loss.backward()
+        results.append((loss, count, {n: p.grad for n, p in model.named_parameters()}))
+    # Two layers of two rows, and again where they are computed again.
+    assert len(calls) == (8 if checkpointing else 4)
+    (mine, count, grads), (reference, other, wanted) = results
+    assert count == other
+    torch.testing.assert_close(mine, reference, rtol=1e-6, atol=0)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=2e-5 * float(wanted[name].abs().max()))
+
+
+def test_without_documents_it_is_sdpa_to_the_bit(pair: tuple[Any, Any]) -> None:
+    """Padding on the left, a cache, packed rows that somebody else brings."""
+    ids = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(6))
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :7] = 0
+    inputs = [
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": ids, "position_ids": positions_of([9, 11], [20]), "use_cache": False},
+    ]
+    with torch.no_grad():
+        for given in inputs:
+            assert torch.equal(*(model.eval()(**given).logits for model in pair))
+        written = [
+            model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            for model in pair
+        ]
+    assert torch.equal(*written) and written[0].shape == (2, 26)
+
+
+def test_models_and_devices_that_it_is_not_for_make_their_own_mask(pair: tuple[Any, Any]) -> None:
+    positions = positions_of([9, 11])
+    assert model_arguments(pair[0], positions)["documents"] == ((9, 11),)
+    assert model_arguments(pair[1], positions) == {"attention_mask": None}
+    assert model_arguments(pair[0], positions.to("meta")) == {"attention_mask": None}
+    pair[0].config.layer_types = ["full_attention", "sliding_attention"]
+    assert model_arguments(pair[0], positions) == {"attention_mask": None}
+
+
+def test_a_checkpoints_model_attends_by_document(tmp_path: Any) -> None:
+    """And no document is touched by what stands in another, in a single bit."""
+    import_source(write_source(tmp_path / "source", tiny_config()), tmp_path / "m.pt")
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "m.pt"))
+    assert model.config._attn_implementation == NAME
+    positions = positions_of([13, 1, 26])
+    ids = torch.randint(250, (1, 40), generator=torch.Generator().manual_seed(7))
+    other = ids.clone()
+    other[0, :14] = (other[0, :14] + 100) % 250
+    with torch.no_grad():
+        known = model_arguments(model, positions)
+        first, second = (
+            model.model(input_ids=i, position_ids=positions, use_cache=False, **known).last_hidden_state
+            for i in (ids, other)
+        )
+    assert torch.equal(first[:, 14:], second[:, 14:]) and not torch.equal(first[:, :14], second[:, :14])
