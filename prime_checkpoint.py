@@ -91,7 +91,7 @@ _GLOBAL = re.compile(
 _OTHER_CALLS = ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "BUILD", "PERSID")
 _PICKLE_MAX = 1 << 24
 """Bytes: ours have about 500 for each tensor."""
-_DEPTH_MAX, _VALUES_MAX, _KEY_MAX = 50, 1 << 20, 1 << 10
+_DEPTH_MAX, _VALUES_MAX, _KEY_MAX = 50, 1 << 17, 1 << 10
 """Limits of the dict: levels, values in all, characters of a key."""
 _DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
