@@ -257,7 +257,7 @@ def test_on_a_terminal_a_new_step_appears_and_ctrl_c_leaves_the_frame(finished: 
         process.send_signal(2)
         last = read_until(primary, "SAMPLES") + read_until(primary, "never said", 0.5)
         assert "step 66 of 240" in last.rpartition("\x1b[?1049l")[2]
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()

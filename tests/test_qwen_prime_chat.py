@@ -238,7 +238,7 @@ class Terminal:
             os.execve(sys.executable, command, environment)
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 60) -> str:
+    def until(self, text: str, seconds: float = 180) -> str:
         """Everything shown until ``text`` appears."""
         end = time.monotonic() + seconds
         while text not in self.seen:
