@@ -32,6 +32,7 @@ from torch import nn
 import ghost_kernels as kernels
 import sliced_softmax
 from manifolds import Manifold
+from vote_evidence import Agreement, Obedience
 from vote_rules import Ballot, VoteState
 
 HEADROOM = 1.25
@@ -55,60 +56,6 @@ _placed: dict[tuple[str, torch.device], Manifold] = {}
 
 class GhostError(RuntimeError):
     """A grid used in a way that its state does not allow."""
-
-
-@dataclass
-class Agreement:
-    """Do the votes that are there point where a fresh gradient points? Sums over a sample of rows."""
-
-    votes: float = 0.0
-    control: float = 0.0
-    gradient_square: float = 0.0
-    votes_square: float = 0.0
-    use: int | None = None
-    """The one use of the grid that is compared: by the next, this micro-batch's own votes are in the buffer."""
-
-    def add(self, gradient: torch.Tensor, votes: torch.Tensor, order: torch.Tensor) -> None:
-        """Add rows of a gradient, float ``(n, in)``, and the votes there, any integers ``(n, in)``.
-
-        Args:
-            order: a permutation of the columns, int64 ``(in,)``; with it, and shifted by a row, the votes are the
-            control.
-        """
-        g, v = gradient.double(), votes.double()
-        self.votes -= float((g * v).sum())
-        self.control -= float((g * v.roll(1, 0)[:, order]).sum())
-        self.gradient_square += float(g.square().sum())
-        self.votes_square += float(v.square().sum())
-
-    @property
-    def cosines(self) -> tuple[float, float] | None:
-        """Cosine of the votes, and of shuffled votes, with the descent direction; None before there are any votes."""
-        size = math.sqrt(self.gradient_square * self.votes_square)
-        return (self.votes / size, self.control / size) if size > 0 else None
-
-
-@dataclass
-class Obedience:
-    """Does one thing go where another points? Sums over a sample of rows."""
-
-    together: float = 0.0
-    size: float = 0.0
-    deeds: int = 0
-    """How many elements of the second kind were not zero."""
-
-    def add(self, wish: torch.Tensor, deed: torch.Tensor) -> None:
-        """Add rows of two tensors of one shape."""
-        product = wish.double() * deed.double()
-        self.together += float(product.sum())
-        self.size += float(product.abs().sum())
-        self.deeds += int(torch.count_nonzero(deed))
-
-    @property
-    def share(self) -> float | None:
-        """From -1 (always against) over 0 (what shuffling leaves, on average) to 1 (never against), weighted by the
-        sizes of both; None where one of them was nothing everywhere."""
-        return self.together / self.size if self.size else None
 
 
 class GhostGrid(nn.Module):

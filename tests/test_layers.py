@@ -21,6 +21,7 @@ FLOORS = {
     "harmless_text": 0,
     "vote_guard": 0,
     "packed_attention": 0,
+    "vote_evidence": 0,
     "prime_cli": 1,
     "text_records": 1,
     "ghost_kernels": 1,

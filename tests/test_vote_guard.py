@@ -12,9 +12,10 @@ import torch
 from test_night_watch import PEEL, Make, checkpoints, make, texts  # noqa: F401  fixtures
 
 import ghost_core
-from ghost_core import GhostGrid, Obedience
+from ghost_core import GhostGrid
 from night_shift import LayerPeel, Verdict
 from qwen_prime_wrapper import answer_loss
+from vote_evidence import Obedience
 from vote_guard import Evidence, VoteGuard
 from vote_rules import MomentumRule
 from vote_trainer import VoteTrainer
