@@ -137,20 +137,22 @@ def ghost_model(name: str, manifold: manifolds.Manifold) -> PreTrainedModel:
     return gaussian_model(config_of(name), manifold)
 
 
-def gaussian_model(config: dict[str, Any], manifold: manifolds.Manifold) -> PreTrainedModel:
-    """A model of a config's geometry with Gaussian weights on a manifold; one dense matrix exists at a time."""
+def gaussian_model(config: dict[str, Any], manifold: manifolds.Manifold, device: str = "cpu") -> PreTrainedModel:
+    """A model of a config's geometry with Gaussian weights on a manifold; one dense matrix exists at a time. They are
+    drawn on the device: each kind has its own."""
     model = build_model(config, manifold)
-    generator = torch.Generator().manual_seed(0)
+    manifold = manifold.to(device)
+    generator = torch.Generator(device).manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for name, (shape, _) in expected_tensors(model).items():
         if name.endswith(".grid.indices"):
-            grid = GhostGrid(shape[0], shape[1], manifold)
-            grid.import_weights(torch.randn(shape, generator=generator) * 0.02)
+            grid = GhostGrid(shape[0], shape[1], manifold).to(device)
+            grid.import_weights(torch.randn(shape, generator=generator, device=device) * 0.02)
             tensors[name], tensors[name.removesuffix("indices") + "scale"] = grid.indices, grid.scale
         elif not name.endswith(".grid.scale"):
-            tensors[name] = torch.ones(shape) if "norm" in name else torch.zeros(shape)
+            tensors[name] = (torch.ones if "norm" in name else torch.zeros)(shape, device=device)
     assign_tensors(model, tensors, copy=False)
-    return model
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def dense_model(name: str) -> PreTrainedModel:

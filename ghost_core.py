@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import ghost_kernels as kernels
+import ghost_kernels_cuda as cuda_kernels
 import sliced_softmax
 from manifolds import Manifold
 from vote_evidence import Agreement, Obedience
@@ -79,6 +80,7 @@ class GhostGrid(nn.Module):
     def __init__(self, out_features: int, in_features: int, manifold: Manifold, ballot: Ballot | None = None) -> None:
         super().__init__()
         self.name = ""
+        self.number = 0
         self.manifold = manifold
         self.ballot = ballot or Ballot()
         self.register_buffer("indices", torch.zeros(out_features, in_features, dtype=torch.int16))
@@ -266,8 +268,10 @@ class GhostGrid(nn.Module):
         ballot = self.ballot
         self._open_state()
         gradient = gradient.contiguous() if gradient.dtype == torch.bfloat16 else gradient.float().contiguous()
+        # With marks the kernel itself looks while it casts: asking here would wait for the device at every product.
+        marks = ballot.marks is not None and ballot.mode in ("cast", "retract")
         # One sum is the cheapest test: it is finite only if every element is.
-        if not math.isfinite(gradient.sum().item()):
+        if not marks and not math.isfinite(gradient.sum().item()):
             ballot.non_finite.append(self.name)
         elif ballot.mode == "measure":
             ballot.rule.measure(self, gradient.float(), rows)
@@ -287,20 +291,17 @@ class GhostGrid(nn.Module):
         chosen = _spread(len(rows), gradient.device)
         wanted, votes = gradient[chosen].float(), self._votes_of(rows[chosen])
         before = votes.int()
-        # The same permutation everywhere: the golden section spreads neighbours, and no generator has a state.
-        columns = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
-        order = (columns * 0.6180339887498949 % 1).argsort()
+        order = _shuffled(gradient.shape[1], gradient.device)
         if last and (kept := self._looked_at.pop(part, None)) is not None and torch.equal(kept[0], rows[chosen]):
             self.seconded.add(wanted, kept[1] if first else before - kept[1], order)
-        if first:
-            self.agreement.add(wanted, before, order)
+        heard = self.agreement.add(wanted, before, order) if first else True
         self._vote(gradient, rows, use, part, 1)
         if first:
             cast = self._votes_of(rows[chosen]).int() - before
             self.followed.add(-wanted, cast)
             # For the last micro-batch: where the step began, or what it cast, where that one comes in the next step.
             self._looked_at[part] = (rows[chosen], cast.short() if last else votes)
-        self.heard |= bool(wanted.any()) if first else True
+        self.heard |= heard
 
     def _vote(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int, sign: int) -> None:
         ballot = self.ballot
@@ -424,9 +425,18 @@ class GhostGrid(nn.Module):
 _USE_LINEAR, _USE_EMBEDDING = 0, 1
 
 
+@lru_cache(maxsize=256)
 def _spread(count: int, device: torch.device) -> torch.Tensor:
-    """A few evenly spaced row numbers, int64."""
+    """A few evenly spaced row numbers, int64; shared, not to be written to."""
     return torch.linspace(0, count - 1, min(count, _LISTEN_ROWS), device=device).long()
+
+
+@lru_cache(maxsize=16)
+def _shuffled(count: int, device: torch.device) -> torch.Tensor:
+    """A permutation, int64 ``(count,)``, the same everywhere; shared, not to be written to. The golden section spreads
+    neighbours, and no generator has a state."""
+    columns = torch.arange(count, device=device, dtype=torch.float64)
+    return (columns * 0.6180339887498949 % 1).argsort()
 
 
 @lru_cache(maxsize=256)
@@ -504,7 +514,8 @@ class _EmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ids: torch.Tensor, anchor: torch.Tensor | None, grid: GhostGrid) -> torch.Tensor:
-        if ids.numel() and int(ids.min()) < 0:
+        # While passes are recorded nothing can be asked; whoever records looks at the ids first.
+        if not _recording(ids) and ids.numel() and int(ids.min()) < 0:
             raise IndexError(f"token id {int(ids.min())} is negative, expected 0 to {grid.shape[0] - 1}")
         ctx.grid = grid
         ctx.save_for_backward(ids)
@@ -515,9 +526,15 @@ class _EmbeddingFunction(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         grid: GhostGrid = ctx.grid
         if grid.wants_gradient():
-            rows, place = torch.unique(ids, return_inverse=True)
-            summed = torch.zeros(len(rows), grid.shape[1], device=gradient.device)
-            summed.index_add_(0, place.reshape(-1), gradient.reshape(-1, grid.shape[1]).float())
+            flat = gradient.reshape(-1, grid.shape[1]).float()
+            if kernels.backend_for(flat.device, grid.ballot.backend) == "cuda":
+                summed, rows = cuda_kernels.gather_rows(flat.contiguous(), ids.reshape(-1))
+                if not _recording(ids):
+                    summed, rows = summed[rows >= 0], rows[rows >= 0]
+            else:
+                rows, place = torch.unique(ids, return_inverse=True)
+                summed = torch.zeros(len(rows), grid.shape[1], device=gradient.device)
+                summed.index_add_(0, place.reshape(-1), flat)
             grid.accept(summed, rows, _USE_EMBEDDING)
         return None, None, None
 
@@ -545,7 +562,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
             sliced_softmax.observe(logits, targets, rows.start, top, total, picked)
         norm = top + total.log()
         ctx.save_for_backward(x, targets, norm)
-        return (norm - picked).sum()
+        return torch.where(targets < 0, 0.0, norm - picked).sum()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
@@ -569,6 +586,11 @@ class _CrossEntropyFunction(torch.autograd.Function):
         return below, None, None, None
 
 
+def _recording(tensor: torch.Tensor) -> bool:
+    """Whether what is queued for a card is being recorded: then nothing runs, and nothing may wait for it."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """``x`` in the dtype that an enclosing autocast region asks for."""
     kind = x.device.type
@@ -580,7 +602,7 @@ def ghost_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, grid: Ghost
 
     Args:
         hidden: float ``(tokens, in)``.
-        targets: int64 ``(tokens,)``, each in [0, out).
+        targets: int64 ``(tokens,)``, each in [0, out), or below 0: a token that counts nothing.
         grid: the head.
 
     Returns:
@@ -638,8 +660,9 @@ def grids_of(model: nn.Module) -> dict[str, GhostGrid]:
 def name_grids(model: nn.Module, ballot: Ballot) -> None:
     """Tell every grid its name and in how many places it stands, and give all of them one ballot."""
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False) if isinstance(m, GhostGrid))
-    for name, grid in grids_of(model).items():
-        grid.name = name
+    grids = grids_of(model)
+    for number, (name, grid) in enumerate(grids.items()):
+        grid.name, grid.number = name, number
         grid.uses = places[id(grid)]
         grid.ballot = ballot
 

@@ -1,7 +1,8 @@
 """Every hot operation on indices and votes, as functions on tensors: snap, dequantize, cast votes, apply votes.
 
-Two backends behind one signature, with the same bits: ``torch`` (the reference: plain tensor operations on any device,
-worked in slices) and ``numba`` (the CPU's: one fused pass per operation, a weight is read and written once).
+Three backends behind one signature, with the same bits: ``torch`` (the reference: plain tensor operations on any
+device, worked in slices), ``numba`` (the CPU's: one fused pass per operation, a weight is read and written once) and
+``cuda`` (the same for NVIDIA cards: ``ghost_kernels_cuda``, all but the snap, which is no part of a step).
 ``backend_for`` chooses by device and says which; nothing falls back in silence.
 
 The rule ``momentum`` in symbols (``vote_rules`` has the others). K micro-batches a step, g the gradient of one
@@ -49,6 +50,7 @@ import numba
 import numpy as np
 import torch
 
+import ghost_kernels_cuda as cuda_kernels
 from manifolds import BUCKET_BITS, FIXED_BITS, Manifold
 
 SLICE_ELEMENTS = 1 << 20
@@ -95,6 +97,10 @@ class VoteUnits:
     spacing: int
     carry: int
     stat_shift: int
+
+    def offset(self, slot: int) -> int:
+        """What a slot adds to an element's draw, of 2^16."""
+        return slot * self.spacing
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
@@ -740,24 +746,32 @@ def _flip_reference(
 # ---------------------------------------------------------------------------------------------------------------------
 # the functions
 
-BACKENDS = ("numba", "torch")
+BACKENDS = ("numba", "torch", "cuda")
+SERVES = {"numba": ("cpu",), "cuda": ("cuda",)}
+"""Kinds of devices that a backend serves; torch serves all."""
 BUFFERS = (torch.int8, torch.int16)
 """Types of a vote buffer."""
 
 
 def backend_for(device: torch.device | str, wanted: str | None = None) -> str:
-    """Name of the backend that serves ``device``: numba on the CPU, torch elsewhere, or the one asked for.
+    """Name of the backend that serves ``device``: numba on the CPU, cuda on a card that its kernels can be compiled
+    for, torch elsewhere, or the one asked for.
 
     Raises:
         KernelError: a backend that does not exist or does not serve the device.
     """
-    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    device = device if isinstance(device, torch.device) else torch.device(device)
+    kind = device.type
     if wanted is None:
-        return "numba" if kind == "cpu" else "torch"
+        if kind == "cpu":
+            return "numba"
+        return "cuda" if kind == "cuda" and cuda_kernels.available(device) else "torch"
     if wanted not in BACKENDS:
         raise KernelError(f"unknown backend {wanted!r}, expected one of {', '.join(BACKENDS)}")
-    if wanted == "numba" and kind != "cpu":
-        raise KernelError(f"backend numba serves the cpu, not {kind}: leave the backend out or choose torch")
+    if wanted in SERVES and kind not in SERVES[wanted]:
+        raise KernelError(
+            f"backend {wanted} serves {SERVES[wanted][0]}, not {kind}: leave the backend out or choose torch"
+        )
     return wanted
 
 
@@ -773,6 +787,22 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int
         raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
     if tensor.device != device:
         raise KernelError(f"{name} is on {tensor.device}, expected {device} like the rest")
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """What a kernel that counts addresses itself may read."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _all_dense(*tensors: torch.Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise KernelError(f"a tensor of strides {tensor.stride()} cannot be written to, expected a contiguous one")
+
+
+def _read_counts(counts: torch.Tensor) -> tuple[int, int, int]:
+    flips, travel, clipped = counts.tolist()
+    return flips, travel, clipped
 
 
 def _check_table(manifold: Manifold, device: torch.device) -> None:
@@ -811,7 +841,11 @@ def dequantize(
     if out is None:
         out = torch.empty(rows, columns, dtype=dtype, device=device)
     _check("out", out, dtype, (rows, columns), device)
-    if backend_for(device, backend) == "numba":
+    name = backend_for(device, backend)
+    if name == "cuda":
+        _all_dense(out)
+        cuda_kernels.dequantize(_dense(indices), _dense(scale.detach()), manifold, out)
+    elif name == "numba":
         arrays = (indices.numpy(), scale.detach().numpy(), manifold.values.numpy())
         if dtype == torch.float32:
             run_rows(_dequantize_rows, rows, indices.numel(), *arrays, out.numpy())
@@ -923,6 +957,9 @@ def _check_cast(
     if sign not in (1, -1):
         raise KernelError(f"sign is {sign}, expected 1 or -1")
     name = backend_for(device, backend)
+    if name == "cuda":
+        # That rows are in range is not looked at: it would wait for the device in the middle of a backward pass.
+        _all_dense(votes, yardstick, *statistics.values())
     if name == "numba" and not _all_below(rows.numpy(), out_rows):
         raise KernelError(f"rows run from {int(rows.min())} to {int(rows.max())}, expected 0 to {out_rows - 1}")
     return name
@@ -941,6 +978,8 @@ def cast_votes(
     units: VoteUnits,
     sign: int = 1,
     backend: str | None = None,
+    control: torch.Tensor | None = None,
+    mark: torch.Tensor | None = None,
 ) -> None:
     """Turn a gradient into votes against it and add them to the buffer (module docstring, ``cast``).
 
@@ -956,14 +995,22 @@ def cast_votes(
         keys: from :func:`hash_keys`, the same for all slots of a step.
         slot: number of this use in this micro-batch among those of the step, from 0.
         units: those of the buffer and the step.
+        control: cuda only: int32 ``(4,)`` on the device, read when the kernel runs instead of keys, slot and sign: the
+            two keys, what :meth:`VoteUnits.offset` gives, the sign. A recorded call can be replayed with others.
+        mark: cuda only: int32 ``(1,)``, set to 1 where the gradient is not finite; such elements then cast nothing and
+            count nothing, and a row below 0 is passed over. Without it the gradient must be finite.
     """
     statistics = {"row_squares": row_squares, "row_sketch": row_sketch}
     floats = (torch.float32, torch.bfloat16)
     name = _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend, floats)
     if not 0 <= slot < units.slots:
         raise KernelError(f"slot is {slot}, expected 0 to {units.slots - 1}")
-    offset = slot * units.spacing
-    if name == "numba":
+    offset = units.offset(slot)
+    if name == "cuda":
+        plain = {"limit": units.limit, "wide": units.wide, "shift": units.stat_shift, "sign": sign}
+        tensors = (_dense(gradient), rows, yardstick, votes, row_squares, row_sketch)
+        cuda_kernels.cast(*tensors, keys=keys, offset=offset, **plain, control=control, mark=mark)
+    elif name == "numba":
         read = gradient if gradient.dtype == torch.float32 else gradient.view(torch.uint16)
         arrays = (read.numpy(), rows.numpy(), yardstick.numpy(), votes.numpy())
         sums = (row_squares.numpy(), row_sketch.numpy())
@@ -985,6 +1032,7 @@ def cast_whispers(
     gate: int,
     sign: int = 1,
     backend: str | None = None,
+    mark: torch.Tensor | None = None,
 ) -> None:
     """One vote against the gradient's sign wherever it is larger than a gate; nothing elsewhere.
 
@@ -996,12 +1044,18 @@ def cast_whispers(
         row_sizes: int64 ``(out,)``, mutated: sums of magnitudes with ``WHISPER_BITS`` fractional bits.
         row_squares: int64 ``(out,)``, mutated: sums of their squares.
         gate: a multiple of ``2**-WHISPER_BITS``; below 0 counts as 0, since nothing has no sign to vote against.
+        mark: as in :func:`cast_votes`.
     """
-    gate = max(gate, 0)
+    gate = min(max(gate, 0), 2**31 - 1)
     statistics = {"row_sizes": row_sizes, "row_squares": row_squares}
-    if _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend) == "numba":
+    name = _check_cast(gradient, rows, yardstick, votes, statistics, sign, backend)
+    if name == "cuda":
+        fixed = {"one": float(1 << WHISPER_BITS), "top": float(WHISPER_LIMIT << WHISPER_BITS), "sign": sign}
+        tensors = (_dense(gradient), rows, yardstick, gate, votes, row_sizes, row_squares)
+        cuda_kernels.whispers(*tensors, **fixed, mark=mark)
+    elif name == "numba":
         arrays = (votes.numpy(), row_sizes.numpy(), row_squares.numpy(), np.int32(sign))
-        read = (gradient.numpy(), rows.numpy(), yardstick.numpy(), np.int32(min(gate, 2**31 - 1)))
+        read = (gradient.numpy(), rows.numpy(), yardstick.numpy(), np.int32(gate))
         run_rows(_whisper_rows, len(rows), gradient.numel(), *read, *arrays)
     else:
         _whisper_reference(gradient, rows, yardstick, gate, votes, row_sizes, row_squares, sign)
@@ -1101,8 +1155,12 @@ def apply_votes(
         raise KernelError(f"decay is {decay}, expected 0 to 65536")
     if not 0 <= shrink <= 1 << 22:
         raise KernelError(f"shrink is {shrink}, expected 0 to {1 << 22}: a share of 2^-10 in a step")
-    if backend_for(indices.device, backend) == "torch":
+    name = backend_for(indices.device, backend)
+    if name == "torch":
         return _apply_reference(indices, votes, stride, manifold, keys, decay, carry, shrink)
+    if name == "cuda":
+        _all_dense(indices, votes)
+        return _read_counts(cuda_kernels.apply(indices, votes, _dense(stride), manifold, keys, decay, carry, shrink))
     tables = (manifold.fixed.numpy(), manifold.fixed_buckets.numpy(), indices.shape[1])
     plain = (np.array(keys, dtype=np.uint32), np.int64(decay), np.int64(carry), np.int64(shrink))
     if votes is None:
@@ -1151,8 +1209,13 @@ def flip_by_majority(
             f"threshold is {threshold}, jitter {jitter}, chance {chance}, decay {decay}, "
             "expected at least 1, at least 0, and 0 to 65536"
         )
-    if backend_for(indices.device, backend) == "torch":
+    name = backend_for(indices.device, backend)
+    if name == "torch":
         return _flip_reference(indices, votes, stride, manifold, keys, threshold, jitter, chance, decay, carry)
+    if name == "cuda":
+        _all_dense(indices, votes)
+        plain_numbers = (threshold, jitter, chance, decay, carry)
+        return _read_counts(cuda_kernels.flip(indices, votes, _dense(stride), manifold, keys, *plain_numbers))
     arrays = (indices.numpy(), votes.numpy(), stride.numpy(), manifold.fixed.numpy(), indices.shape[1])
     plain = (np.int64(x) for x in (threshold, jitter, chance, decay, carry))
     return _count_rows(_flip_rows, indices, *arrays, np.array(keys, dtype=np.uint32), *plain)

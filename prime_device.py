@@ -81,7 +81,10 @@ def make_deterministic(device: str) -> None:
     use."""
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not as a mere warning: with that, torch's memory-efficient attention stays as it is.
+        torch.use_deterministic_algorithms(True)
+        # Else every new tensor is written once more, with NaN.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def return_freed_memory(threshold: int = 1 << 20) -> bool:

@@ -8,6 +8,7 @@
     python qwen_prime_bench.py import --geometry Qwen2.5-Coder-1.5B
     python qwen_prime_bench.py memory --settings coder-512 --steps 2
     python qwen_prime_bench.py save
+    python qwen_prime_bench.py gpu --data runs/shards
     python qwen_prime_bench.py quality --tasks stdlib --methods adamw momentum
 
 ``train`` compares a step of vote training with what people would use instead: tokens per second and memory, and how
@@ -15,9 +16,9 @@ much of the step went into casting and applying votes; with ``--profile`` it wri
 of one step goes. ``generate`` compares ways to write tokens. ``kernels`` times every hot operation against what it
 replaces. ``grow`` shows how a step's cost grows with parameters, tokens and micro-batches. ``import`` converts a model
 folder of a real geometry with random weights. ``memory`` trains whole steps of the real geometries and compares the
-peak with the plan. ``save`` times saves of the whole training state. ``quality`` compares training methods by what they
-learn and what they forget (``prime_quality``); its results file grows line by line, so it can be stopped and called
-again.
+peak with the plan. ``save`` times saves of the whole training state. ``gpu`` is ``train`` at full size on a card, with
+the phases of the Night Shift and enforced limits of memory. ``quality`` compares training methods by what they learn
+and what they forget (``prime_quality``); its results file grows line by line, so it can be stopped and called again.
 
 Each sub-command has a room of its own (``bench_*.py``), prints a table and writes ``--json``.
 """
@@ -32,6 +33,7 @@ import tyro
 import prime_cli
 import prime_quality as quality
 from bench_generation import GenerateBench, bench_generate
+from bench_gpu import GpuBench, bench_gpu
 from bench_growth import GrowBench, bench_grow
 from bench_import import ImportBench, bench_import
 from bench_kernels import KernelBench, bench_kernels
@@ -55,6 +57,7 @@ BenchConfig = (
     | Annotated[ImportBench, tyro.conf.subcommand("import")]
     | Annotated[MemoryBench, tyro.conf.subcommand("memory")]
     | Annotated[SaveBench, tyro.conf.subcommand("save")]
+    | Annotated[GpuBench, tyro.conf.subcommand("gpu")]
     | Annotated[QualityBench, tyro.conf.subcommand("quality")]
 )
 _ROOMS: dict[type, Callable[[Any], int]] = {
@@ -65,6 +68,7 @@ _ROOMS: dict[type, Callable[[Any], int]] = {
     ImportBench: bench_import,
     MemoryBench: bench_memory,
     SaveBench: bench_saving,
+    GpuBench: bench_gpu,
     QualityBench: bench_quality,
 }
 _ERRORS = (

@@ -6,10 +6,11 @@ the gradient of the loss with respect to them, in place. Both take logits in the
 float32; where that is bfloat16, no slice of logits exists in float32.
 
 Written in tensor operations this is ten passes over memory, most of them into fresh pages, and on a CPU took 3% of a
-training step. So the CPU has compiled kernels that read a row twice while it is in the cache; elsewhere, and as a
-reference, tensor operations do it. The kernels' exponential is Cephes' polynomial (Moshier), exact to float32's last
-bit or two, because a library's is a call for each number and would not vectorise. Unlike indices and votes, these are
-floats: the two backends agree to rounding, and a row's result does not depend on threads.
+training step. So the CPU has compiled kernels that read a row twice while it is in the cache, NVIDIA cards have theirs
+(``ghost_kernels_cuda``), and elsewhere, and as a reference, tensor operations do it. The CPU kernels' exponential is
+Cephes' polynomial (Moshier), exact to float32's last bit or two, because a library's is a call for each number and
+would not vectorise. Unlike indices and votes, these are
+floats: the backends agree to rounding, and a row's result does not depend on threads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numba
 import numpy as np
 import torch
 
+import ghost_kernels_cuda as cuda_kernels
 from ghost_kernels import as_float, backend_for, run_rows
 
 _LANES = 64
@@ -97,11 +99,12 @@ def _gradient_rows(logits, targets, first, norm, factor, start, stop):
     row = np.empty(columns, np.float32)
     for i in range(start, stop):
         z = norm[i]
+        share = factor if targets[i] >= 0 else np.float32(0.0)
         for j in range(columns):
-            row[j] = _exp(np.float32(as_float(logits[i, j]) - z)) * factor
+            row[j] = _exp(np.float32(as_float(logits[i, j]) - z)) * share
         place = targets[i] - first
         if 0 <= place < columns:
-            row[place] -= factor
+            row[place] -= share
         for j in range(columns):
             logits[i, j] = _stored(row[j], logits[i, j])
 
@@ -110,8 +113,8 @@ def _numbers(logits: torch.Tensor) -> np.ndarray:
     return (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).numpy()
 
 
-def _compiled(logits: torch.Tensor) -> bool:
-    return backend_for(logits.device) == "numba" and logits.dtype in (torch.float32, torch.bfloat16)
+def _backend(logits: torch.Tensor) -> str:
+    return backend_for(logits.device) if logits.dtype in (torch.float32, torch.bfloat16) else "torch"
 
 
 def observe(
@@ -126,13 +129,17 @@ def observe(
 
     Args:
         logits: float ``(tokens, columns)``, of the vocabulary's entries ``first`` to ``first + columns``.
-        targets: int64 ``(tokens,)``, numbers in the whole vocabulary.
+        targets: int64 ``(tokens,)``, numbers in the whole vocabulary, or one below 0: a token without a target.
         first: number of the slice's first entry.
         top: float32 ``(tokens,)``, mutated: the largest logit so far, -inf before the first slice.
         total: float32 ``(tokens,)``, mutated: sum of ``exp(logit - top)`` so far, 0 before the first slice.
         picked: float32 ``(tokens,)``, mutated: the target's logit, where the target lies in this slice.
     """
-    if _compiled(logits):
+    name = _backend(logits)
+    if name == "cuda":
+        cuda_kernels.observe(logits.contiguous(), targets.contiguous(), first, top, total, picked)
+        return
+    if name == "numba":
         arrays = (targets.numpy(), first, top.numpy(), total.numpy(), picked.numpy())
         run_rows(_observe_rows, len(logits), logits.numel(), _numbers(logits), *arrays)
         return
@@ -157,13 +164,19 @@ def turn_into_gradient(
         factor: float32 scalar: the gradient of what is made of the loss.
 
     Returns:
-        The gradient with respect to the logits, in their memory where they are compiled code's.
+        The gradient with respect to the logits, in their memory where they are compiled code's; 0 for a token without
+        a target.
     """
-    if _compiled(logits):
+    name = _backend(logits)
+    if name == "cuda":
+        logits = logits.contiguous()
+        cuda_kernels.softmax_gradient(logits, targets.contiguous(), first, norm, factor)
+        return logits
+    if name == "numba":
         arrays = (targets.numpy(), first, norm.numpy(), np.float32(factor.item()))
         run_rows(_gradient_rows, len(logits), logits.numel(), _numbers(logits), *arrays)
         return logits
     part = logits.float().sub_(norm[:, None]).exp_()
     here = ((targets >= first) & (targets < first + logits.shape[1])).nonzero()[:, 0]
     part[here, targets[here] - first] -= 1.0
-    return part.mul_(factor).to(logits.dtype)
+    return part.mul_(torch.where(targets[:, None] < 0, 0.0, factor)).to(logits.dtype)

@@ -24,18 +24,28 @@ class Agreement:
     use: int | None = None
     """The one use of the grid that is compared: by the next, this micro-batch's own votes are in the buffer."""
 
-    def add(self, gradient: torch.Tensor, votes: torch.Tensor, order: torch.Tensor) -> None:
-        """Add rows of a gradient, float ``(n, in)``, and the votes there, any integers ``(n, in)``.
+    def add(self, gradient: torch.Tensor, votes: torch.Tensor, order: torch.Tensor) -> bool:
+        """Add rows of a gradient, float ``(n, in)``, and the votes there, any integers ``(n, in)``; a gradient that is
+        not finite says nothing and is left out.
 
         Args:
             order: a permutation of the columns, int64 ``(in,)``; with it, and shifted by a row, the votes are the
             control.
+
+        Returns:
+            Whether any of the gradient is not zero.
         """
         g, v = gradient.double(), votes.double()
-        self.votes -= float((g * v).sum())
-        self.control -= float((g * v.roll(1, 0)[:, order]).sum())
-        self.gradient_square += float(g.square().sum())
-        self.votes_square += float(v.square().sum())
+        products = (g * v, g * v.roll(1, 0)[:, order], g.square(), v.square())
+        # One question to the device.
+        along, control, size, votes_size = torch.stack([p.sum() for p in products]).tolist()
+        if not math.isfinite(size):
+            return False
+        self.votes -= along
+        self.control -= control
+        self.gradient_square += size
+        self.votes_square += votes_size
+        return size > 0
 
     @property
     def cosines(self) -> tuple[float, float] | None:
@@ -54,11 +64,15 @@ class Obedience:
     """How many elements of the second kind were not zero."""
 
     def add(self, wish: torch.Tensor, deed: torch.Tensor) -> None:
-        """Add rows of two tensors of one shape."""
+        """Add rows of two tensors of one shape; what is not finite is left out."""
         product = wish.double() * deed.double()
-        self.together += float(product.sum())
-        self.size += float(product.abs().sum())
-        self.deeds += int(torch.count_nonzero(deed))
+        found = (product.sum(), product.abs().sum(), torch.count_nonzero(deed).double())
+        together, size, deeds = torch.stack(found).tolist()
+        if not math.isfinite(size):
+            return
+        self.together += together
+        self.size += size
+        self.deeds += int(deeds)
 
     @property
     def share(self) -> float | None:

@@ -53,6 +53,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol
@@ -94,6 +95,7 @@ class Grid(Protocol):
     """What a rule sees of a :class:`ghost_core.GhostGrid`."""
 
     name: str
+    number: int
     uses: int
     heat: float
     indices: torch.Tensor
@@ -128,6 +130,13 @@ def _keys_of(seed: int, step: int, salt: int, name: str) -> tuple[int, int]:
 
 
 _CAST, _DRAW, _FADE = 0, 1, 2
+
+
+def cast_keys(grid: Grid) -> tuple[int, int]:
+    """Keys of a grid's draws while votes are cast in the ballot's step."""
+    return _keys(grid, _CAST)
+
+
 GAIN_MAX = 4.0
 """Most by which a row may move farther than its tensor's average."""
 
@@ -139,6 +148,8 @@ class VoteRule:
     name: ClassVar[str]
     decays: ClassVar[bool] = True
     """Whether the rule knows weight decay."""
+    recordable: ClassVar[bool] = False
+    """Whether a cast depends on nothing of the host's but what a ballot's controls and a yardstick hold."""
     row_means: ClassVar[tuple[str, ...]] = ("r2",)
     row_sums: ClassVar[tuple[str, ...]] = ("row_squares",)
 
@@ -233,6 +244,7 @@ class MomentumRule(VoteRule):
     """The rule ``momentum`` of the module docstring."""
 
     name: ClassVar[str] = "momentum"
+    recordable: ClassVar[bool] = True
     row_means: ClassVar[tuple[str, ...]] = ("r2", "g2")
     row_sums: ClassVar[tuple[str, ...]] = ("row_squares", "row_sketch")
 
@@ -310,11 +322,13 @@ class MomentumRule(VoteRule):
             grid.indices if state.votes is None else state.votes,
             state.rows["row_squares"],
             state.rows["row_sketch"],
-            keys=_keys(grid, _CAST),
+            keys=cast_keys(grid),
             slot=ballot.micro_batch * grid.uses + use,
             units=self.units(grid),
             sign=sign,
             backend=ballot.backend,
+            control=ballot.control(grid, use),
+            mark=ballot.mark(grid),
         )
 
     def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
@@ -441,6 +455,7 @@ class SupermajorityRule(VoteRule):
             gate=gate,
             sign=sign,
             backend=grid.ballot.backend,
+            mark=grid.ballot.mark(grid),
         )
 
     def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
@@ -526,6 +541,12 @@ class Ballot:
     """Names of grids that met a non-finite gradient since the list was last cleared; they did not vote."""
     standing: set[tuple[str, int, int]] = field(default_factory=set)
     """(grid, use, slice) of this micro-batch's votes that are in the buffers: what ``retract`` has to take back."""
+    marks: torch.Tensor | None = None
+    """int32 ``(grids,)`` on a card, by :attr:`Grid.number`: 1 where a gradient was not finite since last read.
+    Its kernels then test while they cast, without waiting; whoever sets this reads it. None: a gradient is tested
+    first, and one that is not finite casts nothing."""
+    controls: torch.Tensor | None = None
+    """int32 ``(grids, uses, 4)`` on a card while a micro-batch is recorded: see :func:`ghost_kernels.cast_votes`."""
     torn: bool = False
     """Whether casting a slice was interrupted: what it left cannot be taken back."""
     listening: bool = False
@@ -541,6 +562,26 @@ class Ballot:
         if not 0 <= micro_batch < micro_batches:
             raise ValueError(f"micro-batch {micro_batch} of {micro_batches}")
         self.mode, self.step, self.micro_batch, self.micro_batches = mode, step, micro_batch, micro_batches
+
+    def read_marks(self, names: Sequence[str]) -> None:
+        """Add the grids that kernels have marked to ``non_finite``, and take the marks off; waits for the card.
+
+        Args:
+            names: of all grids, by number.
+        """
+        if self.marks is not None:
+            found = [names[number] for number, mark in enumerate(self.marks.tolist()) if mark]
+            if found:
+                self.non_finite += found
+                self.marks.zero_()
+
+    def control(self, grid: Grid, use: int) -> torch.Tensor | None:
+        """Where a recorded cast of one use of a grid finds its keys, slot and sign; None where nothing is recorded."""
+        return None if self.controls is None else self.controls[grid.number, use]
+
+    def mark(self, grid: Grid) -> torch.Tensor | None:
+        """Where a cast says that its gradient was not finite; None where that is tested before."""
+        return None if self.marks is None else self.marks[grid.number : grid.number + 1]
 
     def close(self) -> None:
         """Gradients pass through and leave nothing behind."""

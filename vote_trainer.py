@@ -27,7 +27,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+import ghost_kernels as kernels
 from ghost_core import Movement, apply_votes, grids_of, name_grids
+from micro_batch_graph import MicroBatchGraph
 from night_shift import (
     AntigravitySentinel,
     LayerGroup,
@@ -86,6 +88,9 @@ class Recipe:
     """Type of matrix products: bfloat16 where the device has it in hardware, else float32; votes do not change type."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, more time, the same votes."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record micro-batches and replay them: auto does so on cards of compute capability 8.0 and up, where Python would
+    be slower than the card. The same votes for rows of one document; else equal to rounding."""
     seed: int = 0
     """Decides the order of the data and every random draw of the votes."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -213,6 +218,7 @@ class VoteTrainer:
         self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule(), listening=watch is not None)
         name_grids(model, self.ballot)
         self.grids = grids_of(model)
+        self._names = list(self.grids)
         self.groups: list[LayerGroup] = layer_groups(model)
         self.supervisor = NightShiftSupervisor(model, watch.peel if watch else LayerPeel())
         self._probed = watch is None
@@ -223,13 +229,48 @@ class VoteTrainer:
         if recipe.gradient_checkpointing:
             # The newer name where transformers has it; the older one warns there.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            # Nothing random is computed twice, unless attention drops something out.
+            draws = getattr(model.config, "attention_dropout", 0.0) > 0
+            enable({"use_reentrant": False, "preserve_rng_state": draws})
             # The backward pass reaches the top layer next: it would compute again what has just been there. Head and
             # layers have their peaks of memory at different times.
             model.model.layers[-1].gradient_checkpointing = False
+        self._warm = False
+        self._graph = self._new_graph()
         if watch is None:
             self.supervisor.apply(0)
         model.train()
+
+    def _new_graph(self) -> MicroBatchGraph | None:
+        """What records micro-batches; None where that is not to be or does not pay. On a card, this is also where marks
+        begin, and a stream of the process's own: what runs on the default one cannot be recorded."""
+        device = next(iter(self.grids.values())).indices.device
+        if kernels.backend_for(device, self.ballot.backend) != "cuda":
+            return None
+        self.ballot.marks = torch.zeros(len(self.grids), dtype=torch.int32, device=device)
+        if self.recipe.cuda_graphs == "off" or not MicroBatchGraph.serves(self.model, self.ballot, device):
+            return None
+        if self.recipe.cuda_graphs == "auto" and not MicroBatchGraph.pays(device):
+            return None
+        if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+            torch.cuda.synchronize(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+        settings = (self.recipe.compute, torch.cuda.current_stream(device))
+        return MicroBatchGraph(self.model, self.ballot, self.grids, self.floats, *settings)
+
+    def _forget_graph(self) -> None:
+        """What was recorded is of another time: layers, shape, or tensors have changed."""
+        self._warm = False
+        if self._graph is not None and self._graph.recorded:
+            self._graph.forget()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _clear_gradients(self) -> None:
+        """Forget the gradients of norms and biases; those that a recording adds to keep their place."""
+        if self._graph is None or not self._graph.recorded:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._graph.clear_gradients()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -260,6 +301,7 @@ class VoteTrainer:
         """
         events = self.events = []
         if self.supervisor.due(self.done):
+            self._forget_graph()
             change = self.supervisor.apply(self.done)
             for parameter in change.floats_closed:
                 self.optimizer.state.pop(parameter, None)
@@ -321,7 +363,7 @@ class VoteTrainer:
         if skipped < ran:
             pressure = self._pressure()
             moved = self._apply(rate, count)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         if not fits:
             self._probe(events)
         self.done += 1
@@ -357,6 +399,7 @@ class VoteTrainer:
         nats = loss.item()
         if math.isfinite(nats):
             (loss * weight).backward()
+            self.ballot.read_marks(self._names)
         return nats
 
     def _measure(self, batch: Batch, weight: float) -> float | Literal["memory"] | None:
@@ -370,27 +413,79 @@ class VoteTrainer:
         for grid in waiting if finite else []:
             grid.finish_measuring()
         self.ballot.close()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         return "memory" if nats is None else nats if finite else None
 
     def _finite_gradients(self) -> bool:
         """Whether the last backward pass met no gradient of a grid that is not finite, and left none to the floats."""
         grads = [p.grad for p in self.floats.values() if p.grad is not None]
-        return not self.ballot.non_finite and all(bool(torch.isfinite(g).all()) for g in grads)
+        if self.ballot.non_finite or not grads:
+            return not self.ballot.non_finite
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf))).all())
 
     def _cast(self, batch: Batch, k: int, weight: float) -> float | Literal["memory"] | None:
         """Votes of one micro-batch: its summed loss; None where it was not finite, "memory" where that ran out; either
         way it left no trace."""
+        if self._recordable(batch, k):
+            done, nats = self._replay(batch, k, weight)
+            if done:
+                return nats
         before = {n: None if p.grad is None else p.grad.clone() for n, p in self.floats.items()}
         nats = self._guarded(lambda: self._backward("cast", batch, k, weight))
         if nats is not None and not math.isfinite(nats):
             return None
         if nats is not None and self._finite_gradients():
+            self._warm = True
             return nats
         self._take_back(batch, k, weight)
         for name, parameter in self.floats.items():
-            parameter.grad = before[name]
+            old = before[name]
+            if old is not None and parameter.grad is not None:
+                # In place: a recording adds to this memory.
+                parameter.grad.copy_(old)
+            else:
+                parameter.grad = old
+        if nats is None and self._graph is not None and self._graph.recorded:
+            self._give_up_graph()
+            return self._cast(batch, k, weight)
         return "memory" if nats is None else None
+
+    def _recordable(self, batch: Batch, k: int) -> bool:
+        """Whether a micro-batch is one of those that are recorded: the first with its layers is not, libraries prepare
+        themselves then; nor are those whose gradients the watch looks at."""
+        if self._graph is None or not self._warm or not self._graph.fits(batch):
+            return False
+        return not self.ballot.listening or 0 < k < self.shape.grad_accum - 1
+
+    def _replay(self, batch: Batch, k: int, weight: float) -> tuple[bool, float | None]:
+        """Cast by the recording: whether that was possible, and what :meth:`_cast` returns."""
+        assert self._graph is not None
+        self.ballot.open("cast", self.done, k, self.shape.grad_accum)
+        try:
+            outcome = self._graph.run(batch, k, weight)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            outcome = None
+        if outcome is None:
+            # Nothing was cast.
+            self._give_up_graph()
+            return False, None
+        if math.isfinite(outcome.nats) and not outcome.marked:
+            return True, outcome.nats
+        self.ballot.non_finite[:] = [self._names[number] for number in outcome.marked if number >= 0]
+        self._graph.undo(batch, k, weight)
+        return True, None
+
+    def _give_up_graph(self) -> None:
+        """A recording holds memory between its replays, of which there is not enough."""
+        gradients = {n: None if p.grad is None else p.grad.clone() for n, p in self.floats.items()}
+        self._forget_graph()
+        self._graph = None
+        self._free()
+        for name, parameter in self.floats.items():
+            parameter.grad = gradients[name]
+        self.events.append(("cuda_graphs", {"state": "off", "reason": "out of memory"}))
 
     def _take_back(self, batch: Batch, k: int, weight: float) -> None:
         """Retract what the micro-batch has cast, by the same computation, the second time with activations kept in the
@@ -461,10 +556,14 @@ class VoteTrainer:
             if self.watch is None or not is_out_of_memory(error):
                 raise
         # Only here are the exception and the tensors in its frames gone.
+        self._free()
+        return None
+
+    @staticmethod
+    def _free() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return None
 
     def _probe(self, events: list[tuple[str, dict[str, Any]]]) -> None:
         """Run a full row of answers forward and backward with weight gradients that nobody counts, in ever smaller
@@ -478,7 +577,7 @@ class VoteTrainer:
             )
             fits = self._guarded(partial(self._backward, "probe", batch, 0, 1 / tokens))
             self.ballot.close()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._clear_gradients()
             if fits is not None:
                 self._probed = True
                 return
@@ -494,6 +593,7 @@ class VoteTrainer:
             )
         for grid in self.grids.values():
             self.ballot.rule.check(grid.tables(), shape.grad_accum, grid.uses)
+        self._forget_graph()
         self.batches.resize(shape.seq_len, shape.batch_size)
         events.append(("out_of_memory", {"where": where, "from": str(before), "to": str(shape)}))
 
@@ -630,6 +730,7 @@ class VoteTrainer:
         self._restore_votes(checkpoint["votes"])
 
     def _restore_votes(self, votes: dict[str, dict[str, torch.Tensor]]) -> None:
+        self._forget_graph()
         for name, grid in self.grids.items():
             grid.load_vote_state(votes.get(name, {}))
         if self.watch is None:

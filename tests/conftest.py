@@ -12,8 +12,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import cuda_on_cpu  # noqa: E402
+
+CUDA_KERNELS = cuda_on_cpu.install()
 # Side by side with other workers of `pytest -n`, a second thread costs more than it saves.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_report_header() -> str:
+    return CUDA_KERNELS
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cuda_compiler
 import ghost_kernels as kernels
+import ghost_kernels_cuda
 import manifolds
 from ghost_kernels import KernelError, VoteUnits
 from manifolds import FIXED_BITS, INDEX_MAX, Manifold
@@ -225,7 +227,8 @@ def test_cast_same_bits(
             options: dict[str, Any] = {"keys": KEYS, "slot": micro_batches - 1, "units": units, "sign": sign}
             kernels.cast_votes(gradient, rows, yardstick, v, s, t, **options, backend=backend)
             results.append((v, s, t))
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
         v, s, t = results[0]
         others = torch.ones(total, dtype=torch.bool)
         others[rows] = False
@@ -271,7 +274,8 @@ def test_whispers_same_bits(
             v, a, b = votes.clone(), sizes.clone(), squares.clone()
             kernels.cast_whispers(gradient, rows, yardstick, v, a, b, gate=gate, sign=sign, backend=backend)
             results.append((v, a, b))
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
         assert not torch.equal(results[0][1], sizes) and not torch.equal(results[0][2], squares)
         others = torch.ones(total, dtype=torch.bool)
         others[rows] = False
@@ -299,9 +303,10 @@ def test_apply_same_bits(
         options: dict[str, Any] = {"keys": FOUR_KEYS, "decay": 45_875, "carry": carry, "shrink": shrink}
         counts = kernels.apply_votes(w, v, stride, table, **options, backend=backend)
         results.append((w, v, counts))
-    (w, v, counts), (w_reference, v_reference, counts_reference) = results
-    assert torch.equal(w, w_reference) and same(v, v_reference)
-    assert counts == counts_reference and all(type(c) is int for c in counts)
+    w, v, counts = results[0]
+    for w_other, v_other, counts_other in results[1:]:
+        assert torch.equal(w, w_other) and same(v, v_other)
+        assert counts == counts_other and all(type(c) is int for c in counts_other)
     assert counts[0] == int((table.levels(w) != table.levels(words)).sum()) > 0
 
 
@@ -325,9 +330,11 @@ def test_flip_same_bits(
                 i, v, stride, table, keys=FOUR_KEYS, **options, carry=(most_of(kind) - 1) // 2, backend=backend
             )
             results.append((i, v, counts))
-        (i, v, counts), (i_reference, v_reference, counts_reference) = results
-        assert torch.equal(i, i_reference) and torch.equal(v, v_reference) and not torch.equal(v, votes)
-        assert counts == counts_reference and all(type(c) is int for c in counts)
+        i, v, counts = results[0]
+        assert not torch.equal(v, votes)
+        for i_other, v_other, counts_other in results[1:]:
+            assert torch.equal(i, i_other) and torch.equal(v, v_other)
+            assert counts == counts_other and all(type(c) is int for c in counts_other)
         assert counts[0] == int((i != indices).sum())
         assert counts[0] > 0 or chance < 65_536
 
@@ -1793,15 +1800,38 @@ def test_row_scales_refuse() -> None:
             kernels.row_scales(weights, 1.25)
 
 
-def test_backend_for() -> None:
+def test_backend_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.backend_for("cpu") == "numba"
-    assert kernels.backend_for(torch.device("cuda", 1)) == kernels.backend_for("meta") == "torch"
+    assert kernels.backend_for("meta") == "torch"
     assert kernels.backend_for("cpu", "torch") == kernels.backend_for("cuda", "torch") == "torch"
     assert kernels.backend_for("cpu", "numba") == "numba"
-    with pytest.raises(KernelError, match="numba serves the cpu, not cuda"):
+    with pytest.raises(KernelError, match="numba serves cpu, not cuda"):
         kernels.backend_for("cuda", "numba")
     with pytest.raises(KernelError, match=r"'Numba'.*numba, torch"):
         kernels.backend_for("cpu", "Numba")
+    monkeypatch.setitem(kernels.SERVES, "cuda", ("cuda",))
+    with pytest.raises(KernelError, match="cuda serves cuda, not cpu"):
+        kernels.backend_for("cpu", "cuda")
+
+
+def test_a_card_has_its_kernels_or_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = torch.device("cuda", 1)
+
+    def refuse(device: torch.device) -> None:
+        raise cuda_compiler.CudaCompilerError("no NVRTC of CUDA 12 found")
+
+    monkeypatch.setattr(ghost_kernels_cuda, "module_of", refuse)
+    ghost_kernels_cuda.available.cache_clear()
+    assert kernels.backend_for(device) == kernels.backend_for(device) == "torch"
+    assert [r.getMessage() for r in caplog.records if "NVRTC" in r.getMessage()] == [
+        "tensor operations serve cuda:1, ten times slower: no NVRTC of CUDA 12 found"
+    ]
+    monkeypatch.setattr(ghost_kernels_cuda, "module_of", lambda device: None)
+    ghost_kernels_cuda.available.cache_clear()
+    assert kernels.backend_for(device) == "cuda"
+    ghost_kernels_cuda.available.cache_clear()
 
 
 def test_kernels_work_in_a_forked_child() -> None:

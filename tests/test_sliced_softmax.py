@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import ghost_kernels as kernels
 import sliced_softmax
 from sliced_softmax import observe, turn_into_gradient
 
@@ -16,10 +17,9 @@ SHAPES = [(1, 1), (3, 7), (5, 64), (4, 65), (2, 1024), (3, 5001)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
+@pytest.fixture(params=kernels.BACKENDS, autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(sliced_softmax, "_compiled", lambda logits: False)
+    monkeypatch.setattr(sliced_softmax, "_backend", lambda logits: request.param)
     return request.param
 
 

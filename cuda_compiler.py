@@ -1,0 +1,157 @@
+"""CUDA C compiled while a program runs (NVRTC) and launched on torch's tensors and streams.
+
+torch brings the compiler with every CUDA build, and it knows all cards that this build serves, Pascal (6.1) included;
+Triton begins at 7.0 and wants a C compiler beside it. One source in a language of thirty years is then the fast path of
+every card, with one set of bits to verify. Two small C interfaces do it, NVRTC's and the driver's, both stable since
+2016; torch's own wrapper of them is private, has no 64-bit integers and no null pointers.
+
+Rejected: compiled extensions (a toolkit and minutes of compiling on the user's machine).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+_SHARED_DEFAULT = 48 * 1024
+_MAX_DYNAMIC_SHARED = 8
+"""Attribute of a kernel: the most shared memory that a launch may ask for."""
+
+
+class CudaCompilerError(RuntimeError):
+    """No compiler, a source that it refuses, or a launch that the driver refuses."""
+
+
+def _libraries(major: str) -> list[str]:
+    """Where NVRTC may lie: on the loader's path, or in the packages that torch depends on."""
+    names = [f"libnvrtc.so.{major}", f"nvrtc64_{major}0_0.dll", f"libnvrtc-{major}.so"]
+    found = list(names)
+    for package in ("nvidia.cuda_nvrtc", f"nvidia.cu{major}"):
+        with contextlib.suppress(ModuleNotFoundError):
+            spec = importlib.util.find_spec(package)
+            for folder in (spec.submodule_search_locations or []) if spec else []:
+                found += [str(p) for p in Path(folder).glob("lib/*nvrtc*") if p.name in names]
+    return found
+
+
+@functools.cache
+def _nvrtc(major: str) -> ctypes.CDLL:
+    for name in _libraries(major):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise CudaCompilerError(
+        f"no NVRTC of CUDA {major} found, which torch {torch.__version__} brings: reinstall torch, "
+        f"or pip install nvidia-cuda-nvrtc-cu{major}"
+    )
+
+
+def compile_source(source: str, architecture: str, major: str) -> bytes:
+    """Machine code of CUDA C.
+
+    Args:
+        architecture: as ``sm_61``.
+        major: CUDA version of the compiler, as ``12``; 13 does not know Pascal and Volta any more.
+
+    Raises:
+        CudaCompilerError: with the compiler's own words.
+    """
+    nvrtc = _nvrtc(major)
+    program = ctypes.c_void_p()
+    code = source.encode()
+    _ask(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), code, b"kernels.cu", 0, None, None))
+    try:
+        # No fused multiply-add: a float operation is rounded where the source says so, on every card and on the CPU.
+        options = [f"--gpu-architecture={architecture}".encode(), b"--fmad=false", b"--std=c++14"]
+        result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        if result != 0:
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise CudaCompilerError(f"NVRTC refuses the kernels for {architecture}:\n{log.value.decode().strip()}")
+        size = ctypes.c_size_t()
+        _ask(nvrtc, nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        binary = ctypes.create_string_buffer(size.value)
+        _ask(nvrtc, nvrtc.nvrtcGetCUBIN(program, binary))
+        return binary.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _ask(nvrtc: ctypes.CDLL, result: int) -> None:
+    if result != 0:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CudaCompilerError(f"NVRTC: {nvrtc.nvrtcGetErrorString(result).decode()}")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise CudaCompilerError("no CUDA driver library found (libcuda.so.1): install NVIDIA's driver")
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        words = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(words))
+        raise CudaCompilerError(f"{what}: {words.value.decode() if words.value else f'CUDA error {result}'}")
+
+
+class Module:
+    """The kernels of one source on one device; they run on torch's current stream of that device."""
+
+    def __init__(self, source: str, device: torch.device) -> None:
+        if torch.version.cuda is None:
+            raise CudaCompilerError(f"torch {torch.__version__} has no CUDA: a build that has it compiles the kernels")
+        self.device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.processors: int = properties.multi_processor_count
+        self.shared_most: int = getattr(properties, "shared_memory_per_block_optin", _SHARED_DEFAULT)
+        architecture = f"sm_{properties.major}{properties.minor}"
+        binary = compile_source(source, architecture, torch.version.cuda.split(".")[0])
+        self._module = ctypes.c_void_p()
+        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._allowed: dict[str, int] = {}
+        with torch.cuda.device(device):
+            # The driver's interface acts on the thread's present context: torch makes one at its first allocation.
+            torch.empty(1, device=device)
+            _check(_driver().cuModuleLoadData(ctypes.byref(self._module), binary), "loading kernels")
+
+    def _function(self, name: str, shared: int) -> ctypes.c_void_p:
+        function = self._functions.get(name)
+        if function is None:
+            function = ctypes.c_void_p()
+            found = _driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
+            _check(found, f"kernel {name}")
+            self._functions[name] = function
+        if shared > self._allowed.get(name, _SHARED_DEFAULT):
+            _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared), f"shared memory of {name}")
+            self._allowed[name] = shared
+        return function
+
+    def launch(
+        self, name: str, blocks: int, threads: int, arguments: Sequence[ctypes._SimpleCData], shared: int = 0
+    ) -> None:
+        """Queue a kernel; nothing is waited for, and nothing is queued where there are no blocks.
+
+        Args:
+            arguments: C values in the kernel's order; a tensor's is ``c_void_p(tensor.data_ptr())``. Whoever launches
+                keeps the tensors alive as torch does: until memory is reused on this stream.
+            shared: bytes of dynamic shared memory.
+        """
+        if blocks == 0:
+            return
+        function = self._function(name, shared)
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
+        if result != 0:
+            _check(result, f"launching {name}")

@@ -1,0 +1,317 @@
+"""What only a card can show: threads side by side, recorded micro-batches, memory that is enforced."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+import cuda_compiler
+import ghost_kernels as kernels
+import ghost_kernels_cuda
+import manifolds
+import prime_device
+from bench_models import Endless, ghost_model
+from ghost_core import ghost_cross_entropy
+from packed_batches import Batch
+from vote_trainer import Recipe, VoteTrainer
+
+CARD = torch.cuda.is_available()
+needs_card = pytest.mark.skipif(not CARD, reason="no CUDA device: what runs side by side is not tested")
+SHAPES = [(1, 1), (3, 37), (130, 1031), (257, 1536), (64, 8960), (1000, 2048)]
+KEYS, FOUR_KEYS = (0x12345678, 0x9ABCDEF0), (0x12345678, 0x9ABCDEF0, 0xFFFFFFFF, 0x00000001)
+
+
+@pytest.mark.parametrize("architecture", ["sm_61", "sm_70", "sm_75", "sm_86", "sm_90"])
+def test_the_kernels_compile_for_every_card_from_pascal_on(architecture: str) -> None:
+    try:
+        cuda_compiler._nvrtc("12")
+    except cuda_compiler.CudaCompilerError:
+        pytest.skip("no NVRTC of CUDA 12, the last that knows Pascal: pip install nvidia-cuda-nvrtc-cu12==12.6.85")
+    source = ghost_kernels_cuda.SOURCE.read_text(encoding="utf-8")
+    assert b"dequantize_bfloat16_near" in cuda_compiler.compile_source(source, architecture, "12")
+    with pytest.raises(cuda_compiler.CudaCompilerError, match=r"refuses the kernels for .*undefined"):
+        cuda_compiler.compile_source("__global__ void f() { g(); }", architecture, "12")
+
+
+def both(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """Copies on the CPU and on the card."""
+
+    def placed(x: Any, device: str) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.clone().to(device)
+        return x.to(device) if isinstance(x, manifolds.Manifold) else x
+
+    return [{k: placed(x, device) for k, x in tensors.items()} for device in ("cpu", "cuda")]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = (t.cpu().view(torch.int16) if t.dtype == torch.bfloat16 else t.cpu() for t in (a, b))
+    return torch.equal(a, b)
+
+
+@needs_card
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", manifolds.NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [None, 48 * 1024])
+def test_dequantize(
+    shape: tuple[int, int], name: str, dtype: torch.dtype, shared: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(shape)
+    words = torch.from_numpy(rng.integers(-32768, 32768, shape).astype(np.int16))
+    words.view(-1)[:1] = -32768
+    scale = torch.from_numpy((10.0 ** rng.uniform(-4, 1, shape[0])).astype(np.float32))
+    if shared is not None:
+        monkeypatch.setattr(kernels.cuda_kernels.module_of(torch.device("cuda", 0)), "shared_most", shared)
+        monkeypatch.setattr(kernels.cuda_kernels.module_of(torch.device("cuda")), "shared_most", shared)
+    results = []
+    for t in both({"words": words, "scale": scale, "table": manifolds.build(name)}):
+        out = torch.full(shape, math.nan, dtype=dtype, device=t["words"].device)
+        results.append(kernels.dequantize(t["words"], t["scale"], t["table"], out, dtype=dtype))
+    assert same(*results)
+
+
+@needs_card
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [8, 16, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cast_and_take_back(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(shape)
+    units = kernels.VoteUnits.for_buffer(bits, 5)
+    total = shape[0] + 3
+    gradient = torch.from_numpy(rng.standard_normal(shape).astype(np.float32) * 10.0 ** rng.uniform(-3, 3, shape))
+    start = torch.from_numpy(rng.integers(-units.carry, units.carry + 1, (total, shape[1])))
+    tensors = {
+        "gradient": gradient.to(dtype),
+        "rows": torch.from_numpy(rng.permutation(total)[: shape[0]]),
+        "yardstick": torch.from_numpy((10.0 ** rng.uniform(-2, 4, total)).astype(np.float32)),
+        "votes": start.to(torch.int8 if bits == 8 else torch.int16),
+        "row_squares": torch.from_numpy(rng.integers(-(1 << 40), 1 << 40, total)),
+        "row_sketch": torch.from_numpy(rng.integers(-(1 << 40), 1 << 40, total)),
+    }
+    results = []
+    for t in both(tensors):
+        for slot in range(5):
+            kernels.cast_votes(**t, keys=KEYS, slot=slot, units=units)
+        results.append([t[n].clone() for n in ("votes", "row_squares", "row_sketch")])
+        for slot in range(5):
+            kernels.cast_votes(**t, keys=KEYS, slot=slot, units=units, sign=-1)
+        assert all(torch.equal(t[n].cpu(), tensors[n]) for n in ("votes", "row_squares", "row_sketch"))
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+    assert shape == (1, 1) or not same(results[0][0], tensors["votes"])
+
+
+@needs_card
+def test_what_is_not_finite_is_marked_casts_nothing_and_is_taken_back() -> None:
+    units = kernels.VoteUnits.for_buffer(8, 1)
+    gradient = torch.randn(40, 1536, device="cuda")
+    rows = torch.arange(40, device="cuda")
+    rows[7] = -1
+    state = [torch.zeros(40, 1536, dtype=torch.int8), torch.zeros(40).long(), torch.zeros(40).long()]
+    votes, squares, sketch = (t.cuda() for t in state)
+    mark = torch.zeros(1, dtype=torch.int32, device="cuda")
+    yardstick = torch.full((40,), 8.0, device="cuda")
+    options: dict[str, Any] = {"keys": KEYS, "slot": 0, "units": units, "mark": mark}
+    kernels.cast_votes(gradient, rows, yardstick, votes, squares, sketch, **options)
+    assert mark.item() == 0 and not votes[7].any() and votes[6].any()
+    for bad in (math.nan, math.inf, -math.inf):
+        before = [t.clone() for t in (votes, squares, sketch)]
+        wrong = gradient.clone()
+        wrong[3, 1535] = bad
+        kernels.cast_votes(wrong, rows, yardstick, votes, squares, sketch, **options)
+        assert mark.item() == 1 and votes[3, 1535] == before[0][3, 1535]
+        mark.zero_()
+        kernels.cast_votes(wrong, rows, yardstick, votes, squares, sketch, **options, sign=-1)
+        assert all(torch.equal(a, b) for a, b in zip(before, (votes, squares, sketch), strict=True))
+        mark.zero_()
+
+
+@needs_card
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shrink", [0, 99_999])
+@pytest.mark.parametrize("kind", ["int8", "int16", "compact"])
+def test_apply(shape: tuple[int, int], shrink: int, kind: str) -> None:
+    rng = np.random.default_rng(shape)
+    table = manifolds.build("compact" if kind == "compact" else "prime-harmonic")
+    units = kernels.VoteUnits.for_buffer({"int8": 8, "int16": 16, "compact": 6}[kind], 1)
+    votes = torch.from_numpy(np.rint(rng.standard_normal(shape) * units.carry / 3).clip(-units.carry, units.carry))
+    levels = torch.from_numpy(rng.integers(-table.top, table.top + 1, shape))
+    words = (levels << table.vote_bits) + (votes.long() if kind == "compact" else 0)
+    tensors = {
+        "indices": words.to(torch.int16),
+        "votes": None if kind == "compact" else votes.to(getattr(torch, kind)),
+        "stride": torch.from_numpy((2.0 ** rng.uniform(15, 34, shape[0])).astype(np.int64)),
+        "manifold": table,
+    }
+    results = []
+    for t in both(tensors):
+        counts = kernels.apply_votes(**t, keys=FOUR_KEYS, decay=45_875, carry=units.carry, shrink=shrink)
+        results.append((t["indices"], t["votes"], counts))
+    (i, v, counts), (j, w, others) = results
+    assert same(i, j) and (v is None or same(v, w)) and counts == others
+    assert counts[0] > 0 or shape == (1, 1)
+
+
+@needs_card
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_whispers_and_majorities(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(shape)
+    tensors = {
+        "gradient": torch.from_numpy(rng.standard_normal(shape).astype(np.float32)),
+        "rows": torch.arange(shape[0]),
+        "yardstick": torch.from_numpy((10.0 ** rng.uniform(-1, 1, shape[0])).astype(np.float32)),
+        "votes": torch.from_numpy(rng.integers(-9, 10, shape)).to(dtype),
+        "row_sizes": torch.zeros(shape[0], dtype=torch.int64),
+        "row_squares": torch.zeros(shape[0], dtype=torch.int64),
+    }
+    moved = {
+        "indices": torch.from_numpy(rng.integers(-32767, 32768, shape)).to(torch.int16),
+        "stride": torch.from_numpy((2.0 ** rng.uniform(0, 30, shape[0])).astype(np.int64)),
+        "manifold": manifolds.build("linear"),
+    }
+    results = []
+    for t, m in zip(both(tensors), both(moved), strict=True):
+        kernels.cast_whispers(**t, gate=3000)
+        numbers = {"threshold": 2, "jitter": 2, "chance": 50_000, "decay": 62_259, "carry": 60}
+        counts = kernels.flip_by_majority(**m, votes=t["votes"], keys=FOUR_KEYS, **numbers)
+        results.append([t["votes"], t["row_sizes"], t["row_squares"], m["indices"], torch.tensor(counts)])
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_card
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_is_that_of_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ghost_core
+
+    monkeypatch.setattr(ghost_core, "SLICE_ELEMENTS", 64 * 1000)
+    model = ghost_model("toy", manifolds.build()).cuda()
+    grid = model.get_output_embeddings().grid
+    hidden = torch.randn(70, 64, device="cuda", dtype=dtype, requires_grad=True)
+    targets = torch.randint(4096, (70,), device="cuda")
+    targets[5:9] = -100
+    loss = ghost_cross_entropy(hidden, targets, grid)
+    loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ grid.dequantize(dtype=dtype).double().T
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+    wanted.backward()
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert loss.item() == pytest.approx(wanted.item(), rel=close)
+    error = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < close and not hidden.grad[5:9].any()
+
+
+class Packed(Endless):
+    """Rows of two documents every second time, with prompts that are no answers."""
+
+    def __init__(self, vocabulary: int, tokens: int) -> None:
+        super().__init__(vocabulary, tokens)
+        self.count = 0
+
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        self.count += 1
+        positions, labels = batch.position_ids.clone(), batch.labels.clone()
+        if self.count % 2:
+            positions[:, self.tokens // 3 :] -= self.tokens // 3
+        labels[:, : self.tokens // 5] = -100
+        answers = int((labels[:, 1:] != -100).sum())
+        return Batch(batch.input_ids, labels, positions, 1, batch.tokens, answers)
+
+
+def trainer_of(graphs: str, rule: str = "momentum", data: type = Packed, count: int = 5) -> VoteTrainer:
+    prime_device.make_deterministic("cuda")
+    table = manifolds.build("compact" if rule == "compact" else "prime-harmonic")
+    model = ghost_model("toy", table).cuda()
+    settings: dict[str, Any] = {"grad_accum": count, "lr": 1e-3, "device": "cuda", "compute": "bfloat16", "warmup": 0}
+    recipe = Recipe(steps=50, vote_rule=cast(Any, rule), cuda_graphs=cast(Any, graphs), **settings)
+    return VoteTrainer(model, cast(Any, data(4096, 96)), recipe)
+
+
+def state_of(trainer: VoteTrainer) -> dict[str, torch.Tensor]:
+    state = {f"{n}.indices": g.indices for n, g in trainer.grids.items()}
+    for name, grid in trainer.grids.items():
+        state |= {f"{name}.{k}": v for k, v in grid.vote_state().items()}
+    return {k: v.cpu().clone() for k, v in {**state, **trainer.floats}.items()}
+
+
+@needs_card
+@pytest.mark.parametrize("rule", ["momentum", "compact"])
+def test_two_recorded_runs_are_bit_for_bit_the_same(rule: str) -> None:
+    trainers = [trainer_of("on", rule) for _ in range(2)]
+    for _ in range(4):
+        losses = [t.step().loss for t in trainers]
+        assert losses[0] == losses[1] and math.isfinite(losses[0])
+    assert all(t._graph is not None and t._graph.recorded for t in trainers)
+    states = [state_of(t) for t in trainers]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+@needs_card
+@pytest.mark.parametrize("rule", ["momentum", "compact"])
+def test_a_recorded_micro_batch_casts_what_an_ordinary_one_does(rule: str) -> None:
+    """With every position an answer and one document the two compute the same products: the same bits."""
+    recorded, ordinary = trainer_of("on", rule, Endless), trainer_of("off", rule, Endless)
+    for _ in range(4):
+        assert recorded.step().loss == pytest.approx(ordinary.step().loss, rel=1e-6)
+    assert recorded._graph is not None and recorded._graph.recorded and ordinary._graph is None
+    a, b = state_of(recorded), state_of(ordinary)
+    differing = sum(int((a[k] != b[k]).sum()) for k in a if k.endswith("indices"))
+    weights = sum(a[k].numel() for k in a if k.endswith("indices"))
+    assert differing <= weights // 100
+
+
+@needs_card
+def test_a_recorded_micro_batch_that_is_not_finite_leaves_no_trace() -> None:
+    trainer = trainer_of("on")
+    trainer.step()
+    trainer.step()
+    assert trainer._graph is not None and trainer._graph.recorded
+    trainer.ballot.open("cast", trainer.done, 2, 5)
+    batch = next(trainer.batches)
+    before = state_of(trainer)
+    assert math.isfinite(cast(float, trainer._cast(batch, 2, 1.0)))
+    assert not torch.equal(state_of(trainer)["model.embed_tokens.grid.votes"], before["model.embed_tokens.grid.votes"])
+    # A scale that overflows: the loss is no number.
+    grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
+    scale = grid.scale.clone()
+    before, gradients = state_of(trainer), {n: p.grad.clone() for n, p in trainer.floats.items()}
+    grid.scale.fill_(3e38)
+    assert trainer._cast(batch, 3, 1.0) is None
+    grid.scale.copy_(scale)
+    after = state_of(trainer)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(torch.equal(gradients[n], p.grad) for n, p in trainer.floats.items())
+    assert math.isfinite(cast(float, trainer._cast(batch, 3, 1.0)))
+
+
+@needs_card
+def test_where_memory_is_short_nothing_is_recorded_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, other = trainer_of("on", data=Endless), trainer_of("off", data=Endless)
+
+    def short(self: Any, masked: bool) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("micro_batch_graph.MicroBatchGraph._passes", short)
+    for _ in range(3):
+        result, wanted = trainer.step(), other.step()
+        assert result.loss == wanted.loss
+    assert trainer._graph is None
+    a, b = state_of(trainer), state_of(other)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@needs_card
+def test_gather_rows_adds_up_in_the_order_of_the_tokens() -> None:
+    ids = torch.randint(9, (300,), device="cuda")
+    gradient = torch.randn(300, 130, device="cuda")
+    summed, rows = ghost_kernels_cuda.gather_rows(gradient, ids)
+    kept = rows >= 0
+    assert rows[kept].tolist() == sorted(set(ids.tolist()))
+    wanted = torch.zeros(9, 130).index_add_(0, ids.cpu(), gradient.cpu())
+    assert torch.equal(summed[kept].cpu(), wanted[rows[kept].cpu()])
