@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-_SHARED_DEFAULT = 48 * 1024
-_MAX_DYNAMIC_SHARED = 8
-"""Attribute of a kernel: the most shared memory that a launch may ask for."""
+
+Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_uint | ctypes.c_longlong | ctypes.c_ulonglong | ctypes.c_float
+"""What a kernel is given."""
 
 
 class CudaCompilerError(RuntimeError):
@@ -114,44 +114,36 @@ class Module:
         self.device = device
         properties = torch.cuda.get_device_properties(device)
         self.processors: int = properties.multi_processor_count
-        self.shared_most: int = getattr(properties, "shared_memory_per_block_optin", _SHARED_DEFAULT)
         architecture = f"sm_{properties.major}{properties.minor}"
         binary = compile_source(source, architecture, torch.version.cuda.split(".")[0])
         self._module = ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
-        self._allowed: dict[str, int] = {}
         with torch.cuda.device(device):
             # The driver's interface acts on the thread's present context: torch makes one at its first allocation.
             torch.empty(1, device=device)
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), binary), "loading kernels")
 
-    def _function(self, name: str, shared: int) -> ctypes.c_void_p:
+    def _function(self, name: str) -> ctypes.c_void_p:
         function = self._functions.get(name)
         if function is None:
             function = ctypes.c_void_p()
             found = _driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
             _check(found, f"kernel {name}")
             self._functions[name] = function
-        if shared > self._allowed.get(name, _SHARED_DEFAULT):
-            _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared), f"shared memory of {name}")
-            self._allowed[name] = shared
         return function
 
-    def launch(
-        self, name: str, blocks: int, threads: int, arguments: Sequence[ctypes._SimpleCData], shared: int = 0
-    ) -> None:
+    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
         """Queue a kernel; nothing is waited for, and nothing is queued where there are no blocks.
 
         Args:
             arguments: C values in the kernel's order; a tensor's is ``c_void_p(tensor.data_ptr())``. Whoever launches
                 keeps the tensors alive as torch does: until memory is reused on this stream.
-            shared: bytes of dynamic shared memory.
         """
         if blocks == 0:
             return
-        function = self._function(name, shared)
+        function = self._function(name)
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
+        result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, None)
         if result != 0:
             _check(result, f"launching {name}")

@@ -1,9 +1,8 @@
 // Every hot operation on indices and votes for NVIDIA cards: what ghost_kernels.py defines, with the same bits.
 //
 // Compiled by NVRTC for the card at hand, from Pascal on; no headers. All that decides a vote or a move is integers, or
-// float operations that are rounded one by one. A kernel works for any number of threads in a block, one included,
-// which is how the tests run this file on a CPU: elements are dealt out by thread, sums are added up at the end, and
-// the only float sums (the softmax's) have an order of their own.
+// float operations that are rounded one by one. A kernel works for any number of whole warps in a block, and for one thread,
+// which is how the tests run this file on a CPU: elements are dealt out by thread and sums are added up at the end.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -13,10 +12,10 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 #define STRIDE 0x9E3779B1u
-#define THREADS_MAX 1024
+#define WARPS 32
 
-template <typename T> struct alignas(4 * sizeof(T)) Four { T at[4]; };
 template <typename T> struct alignas(16) Eight { T at[8]; };
+template <typename T> struct alignas(8 * sizeof(T)) Votes { T at[8]; };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
@@ -47,54 +46,48 @@ static __device__ __forceinline__ i64 smaller(i64 a, i64 b) { return a < b ? a :
 static __device__ __forceinline__ i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 static __device__ __forceinline__ int within(int x, int most) { return x < -most ? -most : x > most ? most : x; }
 
-// The sum over a block's threads, for thread 0; box has THREADS_MAX places.
+// The sum over a block's threads, for thread 0: over each warp, then over their sums in `box`, one place a warp.
 template <typename T> static __device__ T block_sum(T mine, T *box)
 {
-    const u32 me = threadIdx.x;
-    box[me] = mine;
+    for (u32 apart = blockDim.x < 32 ? 0 : 16; apart > 0; apart /= 2)
+        mine += __shfl_down_sync(0xFFFFFFFFu, mine, apart);
+    if (threadIdx.x % 32 == 0)
+        box[threadIdx.x / 32] = mine;
     __syncthreads();
-    for (u32 half = blockDim.x / 2; half > 0; half /= 2) {
-        if (me < half)
-            box[me] += box[me + half];
-        __syncthreads();
-    }
-    T sum = box[0];
+    T sum = 0;
+    if (threadIdx.x == 0)
+        for (u32 warp = 0; warp < (blockDim.x + 31) / 32; warp++)
+            sum += box[warp];
     __syncthreads();
     return sum;
 }
 
+// The largest number among a block's threads, for all of them.
 static __device__ float block_max(float mine, float *box)
 {
-    const u32 me = threadIdx.x;
-    box[me] = mine;
-    __syncthreads();
-    for (u32 half = blockDim.x / 2; half > 0; half /= 2) {
-        if (me < half && box[me + half] > box[me])
-            box[me] = box[me + half];
-        __syncthreads();
+    for (u32 apart = blockDim.x < 32 ? 0 : 16; apart > 0; apart /= 2) {
+        float other = __shfl_down_sync(0xFFFFFFFFu, mine, apart);
+        mine = other > mine ? other : mine;
     }
+    if (threadIdx.x % 32 == 0)
+        box[threadIdx.x / 32] = mine;
+    __syncthreads();
     float most = box[0];
+    for (u32 warp = 1; warp < (blockDim.x + 31) / 32; warp++)
+        most = box[warp] > most ? box[warp] : most;
     __syncthreads();
     return most;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Dequantize. The table's magnitudes, 32,769 of an index or 513 of a word's level, lie in shared memory where that is
-// large enough: looked up in the second cache, a weight costs a sector of 32 bytes.
+// Dequantize. Of an antisymmetric table only the magnitudes are read: 32,769 of an index, which the first cache of a
+// recent card holds whole, or 513 of a word's level. (In shared memory, filled anew by each block, they cost a third
+// more on an H200.)
 
-extern __shared__ float table_near[];
-
-template <typename OUT, int VOTE_BITS, bool NEAR>
+template <typename OUT, int VOTE_BITS>
 static __device__ void dequantize(const i16 *words, const float *scale, const float *magnitudes, OUT *out, u64 count,
-                                  u32 columns, u32 entries)
+                                  u32 columns)
 {
-    const float *table = magnitudes;
-    if (NEAR) {
-        for (u32 i = threadIdx.x; i < entries; i += blockDim.x)
-            table_near[i] = magnitudes[i];
-        __syncthreads();
-        table = table_near;
-    }
     const bool eights = columns % 8 == 0 && (((u64)words | (u64)out) & 15) == 0;
     const u32 width = eights ? 8 : 1;
     const u32 parts = (u32)(count / width), across = columns / width;
@@ -110,7 +103,7 @@ static __device__ void dequantize(const i16 *words, const float *scale, const fl
         for (u32 e = 0; e < 8; e++) {
             if (e < width) {
                 int level = VOTE_BITS ? (read.at[e] + (1 << VOTE_BITS >> 1)) >> VOTE_BITS : read.at[e];
-                float size = table[level < 0 ? -level : level];
+                float size = __ldg(magnitudes + (level < 0 ? -level : level));
                 store(&written.at[e], __fmul_rn(level < 0 ? -size : size, s));
             }
         }
@@ -121,19 +114,16 @@ static __device__ void dequantize(const i16 *words, const float *scale, const fl
     }
 }
 
-#define DEQUANTIZE(NAME, OUT, VOTE_BITS, NEAR)                                                                          \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                  \
-        NAME(const i16 *words, const float *scale, const float *magnitudes, OUT *out, u64 count, u32 columns,           \
-             u32 entries)                                                                                               \
+#define DEQUANTIZE(NAME, OUT, VOTE_BITS)                                                                                \
+    extern "C" __global__ void NAME(const i16 *words, const float *scale, const float *magnitudes, OUT *out, u64 count, \
+                                    u32 columns)                                                                        \
     {                                                                                                                   \
-        dequantize<OUT, VOTE_BITS, NEAR>(words, scale, magnitudes, out, count, columns, entries);                       \
+        dequantize<OUT, VOTE_BITS>(words, scale, magnitudes, out, count, columns);                                      \
     }
-DEQUANTIZE(dequantize_float32, float, 0, false)
-DEQUANTIZE(dequantize_float32_near, float, 0, true)
-DEQUANTIZE(dequantize_float32_words, float, 6, true)
-DEQUANTIZE(dequantize_bfloat16, u16, 0, false)
-DEQUANTIZE(dequantize_bfloat16_near, u16, 0, true)
-DEQUANTIZE(dequantize_bfloat16_words, u16, 6, true)
+DEQUANTIZE(dequantize_float32, float, 0)
+DEQUANTIZE(dequantize_float32_words, float, 6)
+DEQUANTIZE(dequantize_bfloat16, u16, 0)
+DEQUANTIZE(dequantize_bfloat16_words, u16, 6)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Cast. A block per row. An element that is not finite casts nothing and marks its grid: the same pass with the other
@@ -145,7 +135,7 @@ static __device__ void cast_votes(const G *gradient, const i64 *rows, const floa
                                   i64 *sketch, u32 columns, u32 key0, u32 key1, u32 offset, int limit, int wide,
                                   int shift, int sign, const u32 *control, int *mark)
 {
-    __shared__ i64 box[THREADS_MAX];
+    __shared__ i64 box[WARPS];
     const i64 row = rows[blockIdx.x];
     if (row < 0)
         return;
@@ -160,22 +150,22 @@ static __device__ void cast_votes(const G *gradient, const i64 *rows, const floa
     const float y = yardstick[row], top = (float)wide;
     const int half = (1 << shift) >> 1;
     const u32 base = (u32)row * columns;
-    const bool fours = columns % 4 == 0 && ((u64)read & (4 * sizeof(G) - 1)) == 0;
-    const u32 width = fours ? 4 : 1;
+    const bool eights = columns % 8 == 0 && ((u64)read & 15) == 0 && (u64)box_of_votes % sizeof(Votes<V>) == 0;
+    const u32 width = eights ? 8 : 1;
     i64 total = 0, signed_sum = 0;
     bool finite = true;
     for (u32 j = threadIdx.x * width; j < columns; j += blockDim.x * width) {
-        Four<G> g;
-        Four<V> v;
-        if (fours) {
-            g = *(const Four<G> *)(read + j);
-            v = *(const Four<V> *)(box_of_votes + j);
+        Eight<G> g;
+        Votes<V> v;
+        if (eights) {
+            g = *(const Eight<G> *)(read + j);
+            v = *(const Votes<V> *)(box_of_votes + j);
         } else {
             g.at[0] = read[j];
             v.at[0] = box_of_votes[j];
         }
 #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
+        for (u32 e = 0; e < 8; e++) {
             if (e < width) {
                 float x = as_float(g.at[e]);
                 bool good = fabsf(x) <= 3.402823466e38f;
@@ -186,13 +176,13 @@ static __device__ void cast_votes(const G *gradient, const i64 *rows, const floa
                 u32 h = hash_of(base + j + e, key0, key1);
                 int vote = (within(f, limit) + (int)((h + offset) & 0xFFFFu)) >> 16;
                 v.at[e] = (V)(v.at[e] - (sign < 0 ? -vote : vote));
-                i64 q = (f + half) >> shift;
-                total += q * q;
-                signed_sum += (int)h < 0 ? -(i64)f : (i64)f;
+                int q = (f + half) >> shift;
+                total += (i64)q * q;
+                signed_sum += (int)h < 0 ? -f : f;
             }
         }
-        if (fours)
-            *(Four<V> *)(box_of_votes + j) = v;
+        if (eights)
+            *(Votes<V> *)(box_of_votes + j) = v;
         else
             box_of_votes[j] = v.at[0];
     }
@@ -223,7 +213,7 @@ template <typename V>
 static __device__ void cast_whispers(const float *gradient, const i64 *rows, const float *yardstick, int gate, V *votes,
                                      i64 *sizes, i64 *squares, u32 columns, float one, float top, int sign, int *mark)
 {
-    __shared__ i64 box[THREADS_MAX];
+    __shared__ i64 box[WARPS];
     const i64 row = rows[blockIdx.x];
     if (row < 0)
         return;
@@ -304,7 +294,7 @@ static __device__ void apply_votes(i16 *words, V *votes, const i64 *stride, cons
                                    u32 columns, u32 top, int bits, u32 key0, u32 key1, u32 key2, u32 key3, i64 decay,
                                    i64 carry, i64 shrink, u64 *counts)
 {
-    __shared__ i64 box[THREADS_MAX];
+    __shared__ i64 box[WARPS];
     const i64 one = (i64)1 << 40;
     const u64 row = blockIdx.x;
     const i64 step = stride[row];
@@ -371,7 +361,7 @@ static __device__ void flip_by_majority(i16 *indices, V *votes, const i64 *strid
                                         int top, u32 key0, u32 key1, u32 key2, u32 key3, int threshold, int jitter,
                                         int chance, i64 decay, i64 carry, u64 *counts)
 {
-    __shared__ i64 box[THREADS_MAX];
+    __shared__ i64 box[WARPS];
     const u64 row = blockIdx.x;
     const i64 step = stride[row];
     const u32 base = (u32)row * columns;
@@ -430,7 +420,7 @@ template <typename T>
 static __device__ void observe(const T *logits, const i64 *targets, i64 first, float *top, float *total, float *picked,
                                u32 columns)
 {
-    __shared__ float box[THREADS_MAX];
+    __shared__ float box[WARPS];
     const u64 token = blockIdx.x;
     const T *row = logits + token * columns;
     const float before = top[token];

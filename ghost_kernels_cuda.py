@@ -20,11 +20,8 @@ from manifolds import Manifold
 SOURCE = Path(__file__).resolve().parent / "ghost_kernels.cu"
 _NULL = c_void_p(0)
 _THREADS = 256
-_ROW_THREADS = 128
-"""A thread casts four elements at a time: few rows are so short that some have none."""
-_TABLE_THREADS = 1024
-"""One block on a processor, since its table fills the shared memory."""
-_EIGHT = 8
+_ROW_THREADS = 64
+"""A thread casts eight elements at a time: few rows are so short that some have none."""
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int16: "int16"}
 _near: weakref.WeakKeyDictionary[Manifold, torch.Tensor] = weakref.WeakKeyDictionary()
 
@@ -65,18 +62,11 @@ def dequantize(indices: torch.Tensor, scale: torch.Tensor, manifold: Manifold, o
     count, columns = indices.numel(), indices.shape[1]
     if count == 0:
         return
-    bytes_of_table = table.numel() * 4
-    if manifold.vote_bits:
-        place, threads, blocks = "_words", _THREADS, 8 * module.processors
-    elif bytes_of_table <= module.shared_most:
-        place, threads, blocks = "_near", _TABLE_THREADS, module.processors
-    else:
-        place, threads, blocks, bytes_of_table = "", _THREADS, 8 * module.processors, 0
-    width = _EIGHT if columns % _EIGHT == 0 else 1
-    blocks = min(blocks, -(-count // (width * threads)))
-    sizes = (c_ulonglong(count), c_uint(columns), c_uint(table.numel()))
-    arguments = (*map(_pointer, (indices, scale, table, out)), *sizes)
-    module.launch(f"dequantize_{_TYPES[out.dtype]}{place}", blocks, threads, arguments, bytes_of_table)
+    width = 8 if columns % 8 == 0 else 1
+    blocks = min(8 * module.processors, -(-count // (width * _THREADS)))
+    arguments = (*map(_pointer, (indices, scale, table, out)), c_ulonglong(count), c_uint(columns))
+    name = f"dequantize_{_TYPES[out.dtype]}{'_words' if manifold.vote_bits else ''}"
+    module.launch(name, blocks, _THREADS, arguments)
 
 
 def cast(

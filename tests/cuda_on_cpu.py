@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ghost_kernels
 import ghost_kernels_cuda
+from cuda_compiler import Argument
 
 BEFORE = """
 #include <cmath>
@@ -28,15 +29,15 @@ extern "C" void set_place(unsigned int block, unsigned int blocks) { blockIdx.x 
 #define __global__
 #define __shared__
 #define __forceinline__ inline
-#define __launch_bounds__(most)
 #define __syncthreads()
 static inline float __uint_as_float(unsigned int x) { float y; std::memcpy(&y, &x, 4); return y; }
 static inline unsigned int __float_as_uint(float x) { unsigned int y; std::memcpy(&y, &x, 4); return y; }
+template <typename T> static inline T __shfl_down_sync(unsigned int, T, unsigned int) { return 0; }
+template <typename T> static inline T __ldg(const T *place) { return *place; }
 static inline float __fmul_rn(float x, float y) { return x * y; }
 static inline int __float2int_rn(float x) { return (int)std::nearbyintf(x); }
 static inline void atomicAdd(unsigned long long *place, unsigned long long x) { *place += x; }
 """
-AFTER = "\nfloat table_near[32769];\n"
 WRONG = 1 << 30
 """Blocks or threads that no launch has."""
 
@@ -45,17 +46,13 @@ class CpuModule:
     """What ``cuda_compiler.Module`` is, on the CPU."""
 
     processors = 2
-    shared_most = 227 * 1024
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    def launch(
-        self, name: str, blocks: int, threads: int, arguments: Sequence[ctypes._SimpleCData], shared: int = 0
-    ) -> None:
+    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
         """Run all blocks."""
-        assert 0 <= blocks < WRONG and 0 < threads <= 1024 and threads & threads - 1 == 0
-        assert 0 <= shared <= self.shared_most
+        assert 0 <= blocks < WRONG and 0 < threads <= 1024 and threads % 32 == 0
         kernel = getattr(self.library, name)
         kernel.restype = None
         for block in range(blocks):
@@ -70,7 +67,7 @@ def compile_for_cpu() -> CpuModule | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-        source.write_text(BEFORE + ghost_kernels_cuda.SOURCE.read_text(encoding="utf-8") + AFTER, encoding="utf-8")
+        source.write_text(BEFORE + ghost_kernels_cuda.SOURCE.read_text(encoding="utf-8"), encoding="utf-8")
         options = [
             "-std=c++14",
             "-O1",
