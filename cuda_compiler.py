@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-
 Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_uint | ctypes.c_longlong | ctypes.c_ulonglong | ctypes.c_float
 """What a kernel is given."""
 

@@ -288,7 +288,7 @@ def test_a_recorded_micro_batch_that_is_not_finite_leaves_no_trace() -> None:
 def test_where_memory_is_short_nothing_is_recorded_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, other = trainer_of("on", data=Endless), trainer_of("off", data=Endless)
 
-    def short(self: Any, masked: bool) -> None:
+    def short(self: Any, memory: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("micro_batch_graph.MicroBatchGraph._passes", short)

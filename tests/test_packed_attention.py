@@ -11,7 +11,7 @@ from tiny_models import import_source, tiny_config, write_source
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import packed_attention
-from packed_attention import NAME, attend, document_lengths, model_arguments
+from packed_attention import NAME, Starts, attend, document_lengths, model_arguments, starts_of
 from prime_checkpoint import load_checkpoint
 from qwen_prime_wrapper import answer_loss, model_from_checkpoint
 
@@ -41,21 +41,40 @@ def test_lengths_of_documents() -> None:
         assert document_lengths(positions_of(*rows)) == tuple(tuple(row) for row in rows)
 
 
-@pytest.mark.parametrize("halved", [320, 16])
+def test_where_documents_begin() -> None:
+    assert starts_of(((3, 1), (4,))) == [0, 3, 4, 8]
+    assert starts_of(((3, 1), (4,)), 5) == [0, 3, 4, 8, 8, 8]
+    assert starts_of(((3, 1), (4,)), 2) == [0, 3, 4, 8]
+
+
+def test_the_call_for_a_card_is_torchs() -> None:
+    """By position, as packed_attention gives them; only a card can run it."""
+    wanted = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    assert [a.name for a in schema.arguments][:11] == [*wanted, "return_debug_mask", "scale"]
+
+
+@pytest.mark.parametrize("halved", [320, 16, None])
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 @pytest.mark.parametrize(
     "rows", [[[120]], [[70, 1, 1, 48], [120]], [[30, 90], [30, 90]], drawn_rows(3, 120, 3)], ids=str
 )
 def test_results_and_gradients_equal_a_masked_softmax(
-    rows: list[list[int]], key_heads: int, halved: int, monkeypatch: pytest.MonkeyPatch
+    rows: list[list[int]], key_heads: int, halved: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By lengths, documents halved or not, and (None) by where documents begin, as on a card without flash attention."""
     monkeypatch.setattr(packed_attention, "HALVED", halved)
     draw = torch.Generator().manual_seed(len(rows) + key_heads)
     shapes = [(len(rows), heads, 120, 8) for heads in (6, key_heads, key_heads)]
     q, k, v = (torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes)
     upstream = torch.randn(len(rows), 120, 6, 8, generator=draw, dtype=torch.float64)
     lengths = document_lengths(positions_of(*rows))
-    out, _ = attend(torch.nn.Module(), q, k, v, None, documents=lengths, scaling=0.3)
+    documents: Any = lengths
+    if halved is None:
+        documents = Starts(torch.tensor(starts_of(lengths, 300), dtype=torch.int32), 120)
+    groups = torch.nn.Module()
+    groups.num_key_value_groups = 6 // key_heads  # type: ignore[assignment]
+    out, _ = attend(groups, q, k, v, None, documents=documents, scaling=0.3)
     got = torch.autograd.grad(out, (q, k, v), upstream)
     number = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
     seen = (number[:, :, None] == number[:, None, :]) & torch.ones(120, 120, dtype=torch.bool).tril()
