@@ -62,7 +62,7 @@ def test_the_call_for_a_card_is_torchs() -> None:
 def test_results_and_gradients_equal_a_masked_softmax(
     rows: list[list[int]], key_heads: int, halved: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By lengths, documents halved or not, and (None) by where documents begin, as on a card without flash attention."""
+    """By lengths, documents halved or not, and (None) by where they begin, as on a card without flash attention."""
     monkeypatch.setattr(packed_attention, "HALVED", halved)
     draw = torch.Generator().manual_seed(len(rows) + key_heads)
     shapes = [(len(rows), heads, 120, 8) for heads in (6, key_heads, key_heads)]
