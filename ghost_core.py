@@ -65,13 +65,14 @@ class GhostGrid(nn.Module):
     Buffers:
         indices: int16 ``(out, in)``: the words; on a manifold with vote bits their low bits are the vote buffer.
         scale: float32 ``(out,)``, positive; never trained.
-    While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the grid
-    stands: 2 where head and embedding are tied. ``heat`` is a factor on this grid's learning rate, 1 unless a governor
-    brakes it. Where the ballot listens, ``agreement`` compares the votes of earlier steps with a fresh gradient,
-    ``followed`` the votes that a gradient cast with itself, ``seconded`` the votes of a step's micro-batches with the
-    gradient of its last one, which had no say in them (where a step has one micro-batch, the votes that the step before
-    cast), ``obeyed`` moves with the votes that made them, and ``heard`` says whether a gradient came by, all since
-    :meth:`begin_step`.
+    While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the
+    grid stands: 2 where head and embedding are tied. ``keeps`` says that its layer is computed twice (gradient
+    checkpointing), where a card may keep dense weights from the second time to the backward pass. ``heat`` is a
+    factor on this grid's learning rate, 1 unless a governor brakes it. Where the ballot listens, ``agreement``
+    compares the votes of earlier steps with a fresh gradient, ``followed`` the votes that a gradient cast with
+    itself, ``seconded`` the votes of a step's micro-batches with the gradient of its last one, which had no say in
+    them (where a step has one micro-batch, the votes that the step before cast), ``obeyed`` moves with the votes
+    that made them, and ``heard`` says whether a gradient came by, all since :meth:`begin_step`.
     """
 
     indices: torch.Tensor
@@ -87,6 +88,7 @@ class GhostGrid(nn.Module):
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
         self.state: VoteState | None = None
         self.uses = 1
+        self.keeps = False
         self.heat = 1.0
         self._looked_at: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.begin_step()
@@ -446,37 +448,43 @@ def _row_range(start: int, stop: int, device: torch.device) -> torch.Tensor:
 
 
 class _KeepFunction(torch.autograd.Function):
-    """Saves the input of a product for its votes, before the product is computed.
+    """Saves the input of a product for its votes, and on a card its dense weights, before the product is computed.
 
     Gradient checkpointing ends a recomputation at the last tensor that the first pass saved, and what a Function saves
     counts only when its forward is done. Saved by the product itself, every layer's last product would be computed
     once more for nothing: with a wide MLP a sixteenth of a step's products.
+
+    Under checkpointing nothing that is saved outlives the first pass; what the second pass saves waits for the backward
+    pass of its own layer only. So a card dequantizes twice instead of three times, for a layer's weights in memory.
     """
 
     @staticmethod
-    def forward(ctx, anchor: torch.Tensor, x: torch.Tensor, contexts: list):
-        ctx.save_for_backward(x)
+    def forward(ctx, anchor: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None, contexts: list):
+        ctx.save_for_backward(x, weights)
         contexts.append(ctx)
-        return anchor.clone()
+        return anchor.detach()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        return None, None, None
+        return None, None, None, None
 
 
 class _LinearFunction(torch.autograd.Function):
     """``x @ W.T`` over a grid, row slice by row slice; the backward casts votes.
 
-    ``keeper`` is the context of the :class:`_KeepFunction` that holds ``x``, None where no gradient is wanted.
+    ``keeper`` is the context of the :class:`_KeepFunction` that holds ``x``, None where no gradient is wanted;
+    ``weights`` are all of the grid's where these are kept, else None.
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor | None, keeper: Any, grid: GhostGrid) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, anchor: torch.Tensor | None, weights: torch.Tensor | None, keeper: Any, grid: GhostGrid
+    ) -> torch.Tensor:
         ctx.grid, ctx.keeper, ctx.shape = grid, keeper, x.shape
         flat = x.reshape(-1, x.shape[-1])
         parts = list(grid.slices())
         if len(parts) == 1:
-            out = flat @ grid.lend(parts[0], x.dtype).T
+            out = flat @ (grid.lend(parts[0], x.dtype) if weights is None else weights).T
         else:
             out = flat.new_empty(len(flat), grid.shape[0])
             for rows in parts:
@@ -488,25 +496,30 @@ class _LinearFunction(torch.autograd.Function):
         grid: GhostGrid = ctx.grid
         gradient = gradient.reshape(-1, grid.shape[0])
         votes = ctx.keeper is not None and grid.wants_gradient()
-        flat = ctx.keeper.saved_tensors[0].reshape(-1, grid.shape[1]) if votes else None
-        below = None
+        flat = weights = below = None
+        if votes:
+            flat, weights = ctx.keeper.saved_tensors
+            flat = flat.reshape(-1, grid.shape[1])
         for k, rows in enumerate(grid.slices()):
             part = gradient[:, rows]
             if ctx.needs_input_grad[0]:
-                product = part @ grid.lend(rows, gradient.dtype)
+                product = part @ (grid.lend(rows, gradient.dtype) if weights is None else weights)
                 below = product if below is None else below.add_(product)
             if flat is not None:
                 grid.accept(part.T @ flat, _row_range(rows.start, rows.stop, flat.device), _USE_LINEAR, k)
-        return None if below is None else below.view(ctx.shape), None, None, None
+        return None if below is None else below.view(ctx.shape), None, None, None, None
 
 
 def _linear(x: torch.Tensor, grid: GhostGrid) -> torch.Tensor:
     """``x @ W.T`` of a grid, float ``(..., in)`` to ``(..., out)``; its backward casts votes."""
     anchor = grid.anchor if torch.is_grad_enabled() else None
     contexts: list[Any] = []
+    weights = None
     if anchor is not None:
-        anchor = _KeepFunction.apply(anchor, x.detach(), contexts)
-    return _LinearFunction.apply(x, anchor, contexts[0] if contexts else None, grid)
+        if grid.keeps and x.is_cuda and grid.indices.numel() <= SLICE_ELEMENTS:
+            weights = grid.dequantize(dtype=x.dtype)
+        anchor = _KeepFunction.apply(anchor, x.detach(), weights, contexts)
+    return _LinearFunction.apply(x, anchor, weights, contexts[0] if contexts else None, grid)
 
 
 class _EmbeddingFunction(torch.autograd.Function):

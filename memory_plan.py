@@ -134,6 +134,9 @@ def _step_lines(
     dense, gradient = width, 4 if width == 4 else 4 + width
     # Dense weights and their gradient, or the next slice's weights beside this one's gradient.
     layer_peak = layer + widest * (dense + gradient if graph else dense)
+    if settings.cuda and settings.gradient_checkpointing and graph:
+        # A card keeps a layer's dense weights from its second forward pass to its backward pass.
+        layer_peak += width * max(map(_weights, layers), default=0)
     if not settings.gradient_checkpointing:
         layer_peak += layer * max(0, graph - 1)
     head = max(top.grids.values(), key=lambda g: g.indices.numel())

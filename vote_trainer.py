@@ -235,6 +235,9 @@ class VoteTrainer:
             # The backward pass reaches the top layer next: it would compute again what has just been there. Head and
             # layers have their peaks of memory at different times.
             model.model.layers[-1].gradient_checkpointing = False
+            for layer in model.model.layers:
+                for grid in grids_of(layer).values():
+                    grid.keeps = True
         self._warm = False
         self._graph = self._new_graph()
         if watch is None:
