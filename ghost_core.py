@@ -33,7 +33,7 @@ import ghost_kernels as kernels
 import ghost_kernels_cuda as cuda_kernels
 import sliced_softmax
 from manifolds import Manifold
-from vote_evidence import Agreement, Obedience
+from vote_evidence import Hearing
 from vote_rules import Ballot, VoteState
 
 HEADROOM = 1.25
@@ -59,20 +59,37 @@ class GhostError(RuntimeError):
     """A grid used in a way that its state does not allow."""
 
 
+@dataclass(eq=False)
+class _LookedAt:
+    """Votes of a few rows at one time, int16 ``(n, in)``, and which rows of what these are."""
+
+    votes: torch.Tensor
+    rows: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    step: int = -1
+
+    def is_of(self, rows: torch.Tensor, places: torch.Tensor, recording: bool) -> bool:
+        """Whether these are the same rows."""
+        if self.rows is rows:
+            return True
+        assert self.places is not None
+        return not recording and torch.equal(self.places, places)
+
+
 class GhostGrid(nn.Module):
     """One discrete weight matrix.
 
     Buffers:
         indices: int16 ``(out, in)``: the words; on a manifold with vote bits their low bits are the vote buffer.
         scale: float32 ``(out,)``, positive; never trained.
-    While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the
-    grid stands: 2 where head and embedding are tied. ``keeps`` says that its layer is computed twice (gradient
-    checkpointing), where a card may keep dense weights from the second time to the backward pass. ``heat`` is a
-    factor on this grid's learning rate, 1 unless a governor brakes it. Where the ballot listens, ``agreement``
-    compares the votes of earlier steps with a fresh gradient, ``followed`` the votes that a gradient cast with
-    itself, ``seconded`` the votes of a step's micro-batches with the gradient of its last one, which had no say in
-    them (where a step has one micro-batch, the votes that the step before cast), ``obeyed`` moves with the votes
-    that made them, and ``heard`` says whether a gradient came by, all since :meth:`begin_step`.
+    While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the grid
+    stands: 2 where head and embedding are tied. ``keeps`` says that its layer is computed twice (gradient
+    checkpointing), where a card may keep dense weights from the second time to the backward pass. ``heat`` is a factor
+    on this grid's learning rate, 1 unless a governor brakes it. Where the ballot listens, ``hearing`` says whether the
+    votes of earlier steps agree with a fresh gradient (``agreement``), whether the votes that a gradient cast follow it
+    (``followed``), whether the gradient of a step's last micro-batch agrees with the votes of the others, in which it
+    had no say (``seconded``; where a step has one micro-batch, with the votes that the step before cast), and whether
+    moves follow the votes that made them (``obeyed``).
     """
 
     indices: torch.Tensor
@@ -90,8 +107,9 @@ class GhostGrid(nn.Module):
         self.uses = 1
         self.keeps = False
         self.heat = 1.0
-        self._looked_at: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.begin_step()
+        self._looked_at: dict[int, _LookedAt] = {}
+        self._later = False
+        self._hearing: Hearing | None = None
         self._inverse_scale: torch.Tensor | None = None
 
     # -- the weight -------------------------------------------------------------------------------------------------
@@ -254,9 +272,15 @@ class GhostGrid(nn.Module):
 
     def begin_step(self) -> None:
         """Forget what was found of the step before."""
-        self.heard = False
-        self.agreement, self.seconded = Agreement(), Agreement()
-        self.followed, self.obeyed = Obedience(), Obedience()
+        self._later = False
+        self.hearing.begin()
+
+    @property
+    def hearing(self) -> Hearing:
+        """What was found out since :meth:`begin_step`, kept on the grid's device."""
+        if self._hearing is None or self._hearing.sums.device != self.indices.device:
+            self._hearing = Hearing(self.indices.device)
+        return self._hearing
 
     def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int = 0) -> None:
         """Measure or vote with the gradient of some rows.
@@ -279,31 +303,65 @@ class GhostGrid(nn.Module):
             ballot.rule.measure(self, gradient.float(), rows)
         elif ballot.mode == "cast":
             first, last = ballot.micro_batch == 0, ballot.micro_batch == ballot.micro_batches - 1
-            if ballot.listening and (first or last) and self.agreement.use in (None, use):
-                self.agreement.use = use
+            if ballot.listening and (first or last) and self.hearing.use in (None, use):
+                self.hearing.use = use
                 self._listen(gradient, rows, use, part, first, last)
             else:
                 self._vote(gradient, rows, use, part, 1)
-                self.heard = True
+                self._later = True
         elif ballot.mode == "retract" and (self.name, use, part) in ballot.standing:
             self._vote(gradient, rows, use, part, -1)
 
     def _listen(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int, first: bool, last: bool) -> None:
         """Vote, and look at a few of the rows before and after it."""
+        recording = _recording(gradient)
         chosen = _spread(len(rows), gradient.device)
-        wanted, votes = gradient[chosen].float(), self._votes_of(rows[chosen])
-        before = votes.int()
-        order = _shuffled(gradient.shape[1], gradient.device)
-        if last and (kept := self._looked_at.pop(part, None)) is not None and torch.equal(kept[0], rows[chosen]):
-            self.seconded.add(wanted, kept[1] if first else before - kept[1], order)
-        heard = self.agreement.add(wanted, before, order) if first else True
+        wanted, places = gradient[chosen].float(), rows[chosen]
+        known: torch.Tensor | None = None
+        if recording and use == _USE_EMBEDDING:
+            # Rows of tokens that came before, see gather_rows.
+            known = (places >= 0)[:, None]
+            wanted, places = torch.where(known, wanted, 0.0), places.clamp(min=0)
+        before = self._votes_of(places).int()
+        if known is not None:
+            before = before * known
+        order, step = _shuffled(gradient.shape[1], gradient.device), self.ballot.step
+        kept = self._looked_at.get(part)
+        if last and kept is not None and kept.step == step - first and kept.is_of(rows, places, recording):
+            self.hearing.second(wanted, kept.votes if first else before - kept.votes, order)
+        if first:
+            self.hearing.agree(wanted, before, order)
         self._vote(gradient, rows, use, part, 1)
         if first:
-            cast = self._votes_of(rows[chosen]).int() - before
-            self.followed.add(-wanted, cast)
+            cast = self._votes_of(places).int() - before
+            if known is not None:
+                cast = cast * known
+            self.hearing.follow(-wanted, cast)
             # For the last micro-batch: where the step began, or what it cast, where that one comes in the next step.
-            self._looked_at[part] = (rows[chosen], cast.short() if last else votes)
-        self.heard |= heard
+            self._keep(part, rows, places, cast if last else before)
+        else:
+            self._later = True
+
+    def _keep(self, part: int, rows: torch.Tensor, places: torch.Tensor, votes: torch.Tensor) -> None:
+        kept = self._looked_at.get(part)
+        if kept is None or kept.votes.shape != votes.shape:
+            kept = self._looked_at[part] = _LookedAt(torch.empty_like(votes, dtype=torch.int16))
+        # In place: a recorded pass goes on writing here, and another reading.
+        kept.votes.copy_(votes)
+        kept.rows, kept.places, kept.step = rows, places, self.ballot.step
+
+    def replayed(self, first: bool) -> None:
+        """A recorded pass of the present micro-batch has done to this grid what :meth:`accept` does."""
+        self.hearing.changed()
+        self._later |= not first
+        for kept in self._looked_at.values() if first else ():
+            kept.step = self.ballot.step
+
+    @property
+    def heard(self) -> bool:
+        """Whether a gradient came by since :meth:`begin_step`: any in a later micro-batch, one that is not all zeros in
+        the first."""
+        return self._later or self.hearing.agreement.gradient_square > 0
 
     def _vote(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int, sign: int) -> None:
         ballot = self.ballot
@@ -363,7 +421,7 @@ class GhostGrid(nn.Module):
         before = tables.levels(self.indices[rows]).int()
         result = self.ballot.rule.apply(self, rate * self.heat, shrink)
         moves = tables.levels(self.indices[rows]).int() - before
-        self.obeyed.add(votes, moves)
+        self.hearing.obey(votes, moves)
         return result
 
     def update_yardstick(self) -> None:

@@ -11,7 +11,9 @@ The positions of the answers change with the text, so the head here sees all pos
 count nothing: more work for the head, no waiting. Where documents begin is a list of fixed length; a row of more
 documents than fit is not recorded.
 
-A graph is of one set of open layers, one shape and one number of micro-batches: ``forget`` it when they change.
+Where a watch listens, the first and the last micro-batch of a step also look at their votes and are recordings of their
+own; all share one memory. A recording is of one set of open layers, one shape and one number of micro-batches:
+``forget`` it when they change.
 
 Rejected: recording the steps' ends as well (once in 32 micro-batches, and full of decisions).
 """
@@ -95,7 +97,7 @@ def _rule(grid: GhostGrid) -> MomentumRule:
 
 
 class MicroBatchGraph:
-    """The recording of a model's micro-batches. Owns its inputs; mutates votes, row sums and float gradients.
+    """The recordings of a model's micro-batches. Owns their inputs; mutates votes, row sums and float gradients.
 
     Args:
         floats: the parameters that are trained as floats; their ``grad`` tensors keep their place while something is
@@ -114,7 +116,7 @@ class MicroBatchGraph:
     ) -> None:
         self.model, self.ballot, self.floats, self.compute, self.stream = model, ballot, floats, compute, stream
         self.grids = list(grids.values())
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._memory: _Memory | None = None
         self._gradients: list[torch.Tensor] = []
         self._saved: list[torch.Tensor] = []
@@ -133,13 +135,13 @@ class MicroBatchGraph:
     @property
     def recorded(self) -> bool:
         """Whether there is a recording; it holds memory."""
-        return self._graph is not None
+        return bool(self._graphs)
 
     def forget(self) -> None:
         """Drop the recording and its memory."""
-        if self._graph is not None:
+        if self._graphs:
             torch.cuda.synchronize(self.grids[0].indices.device)
-        self._graph, self._memory, self._gradients, self._saved = None, None, [], []
+        self._graphs, self._memory, self._gradients, self._saved = {}, None, [], []
 
     def _voters(self) -> list[GhostGrid]:
         return [grid for grid in self.grids if grid.unlocked and not grid.waiting]
@@ -175,13 +177,24 @@ class MicroBatchGraph:
         memory.left[2:].copy_(marks)
         marks.zero_()
 
-    def _record(self, batch: Batch) -> None:
+    def _prepare(self, batch: Batch) -> _Memory:
         memory = _Memory(batch, self.grids, self._voters())
         for parameter in self.floats.values():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._gradients = [cast(torch.Tensor, p.grad) for p in self.floats.values() if p.grad is not None]
         self._saved = [torch.empty_like(g) for g in self._gradients]
+        self._step = -1
+        return memory
+
+    def _kind(self) -> str:
+        """Which recording serves the ballot's micro-batch: where the watch listens, that is recorded too."""
+        first, last = self.ballot.micro_batch == 0, self.ballot.micro_batch == self.ballot.micro_batches - 1
+        if not self.ballot.listening:
+            return "plain"
+        return "first and last" if first and last else "first" if first else "last" if last else "plain"
+
+    def _record(self, memory: _Memory) -> torch.cuda.CUDAGraph:
         for grid, yardstick in zip(memory.voting, memory.yardsticks, strict=True):
             # What is recorded reads the yardstick where it will be written.
             _, gains = _rule(grid).yardstick(grid)
@@ -191,37 +204,44 @@ class MicroBatchGraph:
         graph = torch.cuda.CUDAGraph()
         self.ballot.controls = memory.controls
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            pool = next((other.pool() for other in self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 self._passes(memory)
         finally:
             self.ballot.controls, self.ballot.torn, self.ballot.standing = None, False, standing
             for grid in memory.voting:
                 assert grid.state is not None
                 grid.state.cached = None
-        self._graph, self._memory, self._step = graph, memory, -1
+        return graph
 
     def run(self, batch: Batch, k: int, weight: float, sign: int = 1) -> Outcome:
-        """Cast the votes of micro-batch ``k``, or with ``sign`` -1 take those of the same micro-batch back; the ballot
-        is open for it. Records first, where nothing is recorded.
+        """Cast the votes of micro-batch ``k``, or with ``sign`` -1 take those of the same micro-batch back, unwatched;
+        the ballot is open for it. Records first, where nothing of the kind is recorded.
 
         Raises:
             torch.OutOfMemoryError: while recording; then nothing was cast.
         """
         if self._memory is not None and self._step != self.ballot.step and self._voters() != self._memory.voting:
             self.forget()
-        if self._memory is None:
-            self._record(batch)
-        assert self._memory is not None and self._graph is not None
-        edges = self._memory.documents(batch)
+        memory = self._memory or self._prepare(batch)
+        kind = self._kind() if sign > 0 else "plain"
+        if kind not in self._graphs:
+            listening, self.ballot.listening = self.ballot.listening, self.ballot.listening and kind != "plain"
+            try:
+                self._graphs[kind] = self._record(memory)
+            finally:
+                self.ballot.listening = listening
+        self._memory = memory
+        edges = memory.documents(batch)
         assert edges is not None, "fits() refuses a batch of more documents"
-        self._memory.write(batch, edges, k, weight, sign)
+        memory.write(batch, edges, k, weight, sign)
         if self._step != self.ballot.step:
-            self._memory.write_yardsticks()
+            memory.write_yardsticks()
             self._step = self.ballot.step
-        self._graph.replay()
-        for grid in self._memory.voting:
-            grid.heard = True
-        nats, *marks = self._memory.left.tolist()
+        self._graphs[kind].replay()
+        for grid in memory.voting if sign > 0 else ():
+            grid.replayed(first=self.ballot.micro_batch == 0)
+        nats, *marks = memory.left.tolist()
         return Outcome(nats, [number - 1 for number, mark in enumerate(marks) if mark])
 
     def undo(self, batch: Batch, k: int, weight: float) -> None:

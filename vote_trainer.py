@@ -44,6 +44,7 @@ from night_shift import (
 from packed_batches import Batch, PackedBatches
 from prime_device import has_native_bfloat16, is_out_of_memory
 from qwen_prime_wrapper import answer_loss, copy_tensors, model_tensors
+from vote_evidence import Hearing
 from vote_guard import Evidence, VoteGuard
 from vote_rules import Ballot, VoteRule, rule_named
 
@@ -429,7 +430,7 @@ class VoteTrainer:
     def _cast(self, batch: Batch, k: int, weight: float) -> float | Literal["memory"] | None:
         """Votes of one micro-batch: its summed loss; None where it was not finite, "memory" where that ran out; either
         way it left no trace."""
-        if self._recordable(batch, k):
+        if self._recordable(batch):
             done, nats = self._replay(batch, k, weight)
             if done:
                 return nats
@@ -453,12 +454,10 @@ class VoteTrainer:
             return self._cast(batch, k, weight)
         return "memory" if nats is None else None
 
-    def _recordable(self, batch: Batch, k: int) -> bool:
+    def _recordable(self, batch: Batch) -> bool:
         """Whether a micro-batch is one of those that are recorded: the first with its layers is not, libraries prepare
-        themselves then; nor are those whose gradients the watch looks at."""
-        if self._graph is None or not self._warm or not self._graph.fits(batch):
-            return False
-        return not self.ballot.listening or 0 < k < self.shape.grad_accum - 1
+        themselves then."""
+        return self._graph is not None and self._warm and self._graph.fits(batch)
 
     def _replay(self, batch: Batch, k: int, weight: float) -> tuple[bool, float | None]:
         """Cast by the recording: whether that was possible, and what :meth:`_cast` returns."""
@@ -604,6 +603,7 @@ class VoteTrainer:
 
     def _judge(self, result: StepResult) -> None:
         """Fill in what the watch has to say of a step, and set the heats of the next."""
+        Hearing.read([self.grids[name].hearing for name in result.moved])
         for group in self.groups:
             names = [n for n in group.grids if n in result.moved]
             if not names:
@@ -612,7 +612,7 @@ class VoteTrainer:
             result.flips[group.name] = sum(result.moved[n].flips for n in names)
             travelled = sum(result.moved[n].relative * result.moved[n].weights for n in names)
             result.movement[group.name] = travelled / weights
-            heard = [c for n in names if (c := self.grids[n].agreement.cosines) is not None]
+            heard = [c for n in names if (c := self.grids[n].hearing.agreement.cosines) is not None]
             if heard:
                 result.agreement[group.name] = (
                     sum(votes for votes, _ in heard) / len(heard),
@@ -641,15 +641,15 @@ class VoteTrainer:
         movement = travel / weights / result.rate if weights and result.rate > 0 else 0.0
         share = travel / size if size > 0 else 0.0
         result.verdict = sentinel.judge(self.done, result.loss, movement, share, result.skipped, result.micro_batches)
-        cosines = {name: grid.seconded.cosines for name, grid in self.grids.items() if name in result.moved}
+        cosines = {name: grid.hearing.seconded.cosines for name, grid in self.grids.items() if name in result.moved}
         seconded = {name: pair[0] - pair[1] for name, pair in cosines.items() if pair is not None}
         if seconded:
             result.seconded = sum(seconded.values()) / len(seconded)
         if result.skipped < result.micro_batches and result.verdict.kind in ("ok", "spike", "non_finite"):
             evidence = {
                 name: Evidence(
-                    *(grid.heard, grid.followed.share, grid.obeyed.share),
-                    *(result.moved[name].flips, grid.obeyed.deeds),
+                    *(grid.heard, grid.hearing.followed.share, grid.hearing.obeyed.share),
+                    *(result.moved[name].flips, grid.hearing.obeyed.deeds),
                     seconded=seconded.get(name),
                 )
                 for name, grid in self.grids.items()

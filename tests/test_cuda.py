@@ -16,8 +16,9 @@ import manifolds
 import prime_device
 from bench_models import Endless, ghost_model
 from ghost_core import ghost_cross_entropy
+from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import Batch
-from vote_trainer import Recipe, VoteTrainer
+from vote_trainer import NightWatch, Recipe, VoteTrainer
 
 CARD = torch.cuda.is_available()
 needs_card = pytest.mark.skipif(not CARD, reason="no CUDA device: what runs side by side is not tested")
@@ -218,13 +219,18 @@ class Packed(Endless):
         return Batch(batch.input_ids, labels, positions, 1, batch.tokens, answers)
 
 
-def trainer_of(graphs: str, rule: str = "momentum", data: type = Packed, count: int = 5) -> VoteTrainer:
+def trainer_of(
+    graphs: str, rule: str = "momentum", data: type = Packed, count: int = 5, watched: bool = False
+) -> VoteTrainer:
     prime_device.make_deterministic("cuda")
     table = manifolds.build("compact" if rule == "compact" else "prime-harmonic")
     model = ghost_model("toy", table).cuda()
     settings: dict[str, Any] = {"grad_accum": count, "lr": 1e-3, "device": "cuda", "compute": "bfloat16", "warmup": 0}
     recipe = Recipe(steps=50, vote_rule=cast(Any, rule), cuda_graphs=cast(Any, graphs), **settings)
-    return VoteTrainer(model, cast(Any, data(4096, 96)), recipe)
+    watch = NightWatch(
+        LayerPeel(), AntigravitySentinel(), TrainingGovernor.for_rule(rule), MemoryContingency(Shape(96, 1, count))
+    )
+    return VoteTrainer(model, cast(Any, data(4096, 96)), recipe, watch if watched else None)
 
 
 def state_of(trainer: VoteTrainer) -> dict[str, torch.Tensor]:
@@ -235,9 +241,10 @@ def state_of(trainer: VoteTrainer) -> dict[str, torch.Tensor]:
 
 
 @needs_card
+@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("rule", ["momentum", "compact"])
-def test_two_recorded_runs_are_bit_for_bit_the_same(rule: str) -> None:
-    trainers = [trainer_of("on", rule) for _ in range(2)]
+def test_two_recorded_runs_are_bit_for_bit_the_same(rule: str, watched: bool) -> None:
+    trainers = [trainer_of("on", rule, watched=watched) for _ in range(2)]
     for _ in range(4):
         losses = [t.step().loss for t in trainers]
         assert losses[0] == losses[1] and math.isfinite(losses[0])
@@ -261,8 +268,32 @@ def test_a_recorded_micro_batch_casts_what_an_ordinary_one_does(rule: str) -> No
 
 
 @needs_card
-def test_a_recorded_micro_batch_that_is_not_finite_leaves_no_trace() -> None:
-    trainer = trainer_of("on")
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_watch_finds_the_same_in_recorded_micro_batches(count: int) -> None:
+    recorded, ordinary = (trainer_of(x, data=Endless, count=count, watched=True) for x in ("on", "off"))
+    for step in range(5):
+        a, b = recorded.step(), ordinary.step()
+        assert a.loss == pytest.approx(b.loss, rel=1e-6)
+        assert a.agreement.keys() == b.agreement.keys() and (step == 0 or a.agreement)
+        for name, pair in b.agreement.items():
+            assert a.agreement[name] == pytest.approx(pair, abs=1e-3)
+        if b.seconded is None:
+            assert a.seconded is None and step == 0
+        else:
+            assert a.seconded == pytest.approx(b.seconded, abs=1e-3)
+        for name, grid in recorded.grids.items():
+            mine, other = grid.hearing, ordinary.grids[name].hearing
+            assert grid.heard and mine.followed.share == pytest.approx(other.followed.share, abs=1e-3)
+            assert mine.obeyed.share == pytest.approx(other.obeyed.share, abs=1e-3)
+    assert recorded._graph is not None and recorded._graph.recorded
+    assert len(recorded._graph._graphs) == {1: 1, 2: 2, 5: 3}[count]
+
+
+@needs_card
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("k", [0, 3, 4])
+def test_a_recorded_micro_batch_that_is_not_finite_leaves_no_trace(watched: bool, k: int) -> None:
+    trainer = trainer_of("on", watched=watched)
     trainer.step()
     trainer.step()
     assert trainer._graph is not None and trainer._graph.recorded
@@ -276,12 +307,12 @@ def test_a_recorded_micro_batch_that_is_not_finite_leaves_no_trace() -> None:
     scale = grid.scale.clone()
     before, gradients = state_of(trainer), {n: p.grad.clone() for n, p in trainer.floats.items()}
     grid.scale.fill_(math.nan)
-    assert trainer._cast(batch, 3, 1.0) is None
+    assert trainer._cast(batch, k, 1.0) is None
     grid.scale.copy_(scale)
     after = state_of(trainer)
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(torch.equal(gradients[n], p.grad) for n, p in trainer.floats.items())
-    assert math.isfinite(cast(float, trainer._cast(batch, 3, 1.0)))
+    assert math.isfinite(cast(float, trainer._cast(batch, k, 1.0)))
 
 
 @needs_card

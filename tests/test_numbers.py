@@ -401,7 +401,7 @@ def test_no_tokens_leave_no_trace(name: str, listening: bool) -> None:
             for n, grid in net.grids.items():
                 grid.finish_measuring()
                 assert all(torch.equal(before[n][k], t) for k, t in numbers_of(grid).items())
-                assert grid.agreement.cosines is None
+                assert grid.hearing.agreement.cosines is None
 
 
 # -- training on what is not finite, or is nothing --------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import ghost_core
 from ghost_core import GhostGrid
 from night_shift import LayerPeel, Verdict
 from qwen_prime_wrapper import answer_loss
-from vote_evidence import Obedience
+from vote_evidence import Hearing
 from vote_guard import Evidence, VoteGuard
 from vote_rules import MomentumRule
 from vote_trainer import VoteTrainer
@@ -132,12 +133,35 @@ def test_without_votes_or_when_told_not_to_nobody_is_asked() -> None:
 def test_obedience_is_a_share() -> None:
     wish, noise = torch.randn(8, 400), torch.randn(8, 400)
     for deed, expected in ((wish.sign(), 1.0), (-wish * 3, -1.0), (torch.zeros(8, 400), None)):
-        obedience = Obedience()
-        obedience.add(wish, deed)
-        assert obedience.share == (None if expected is None else pytest.approx(expected))
-    obedience = Obedience()
-    obedience.add(wish, noise)
-    assert obedience.share is not None and abs(obedience.share) < 0.15
+        hearing = Hearing(torch.device("cpu"))
+        hearing.follow(wish, deed)
+        assert hearing.followed.share == (None if expected is None else pytest.approx(expected))
+        assert hearing.obeyed.share is None and hearing.followed.deeds == (0 if expected is None else 3200)
+    hearing = Hearing(torch.device("cpu"))
+    hearing.obey(wish, noise)
+    assert hearing.obeyed.share is not None and abs(hearing.obeyed.share) < 0.15
+
+
+def test_hearings_add_up_are_read_together_and_leave_out_what_is_not_finite() -> None:
+    hearings = [Hearing(torch.device("cpu")) for _ in range(2)]
+    gradient, votes, order = torch.randn(4, 30), torch.randint(-3, 4, (4, 30)), torch.randperm(30)
+    for _ in range(2):
+        hearings[0].agree(gradient, votes, order)
+        hearings[0].agree(torch.full((4, 30), math.nan), votes, order)
+        hearings[1].second(gradient, -votes, order)
+    Hearing.read(hearings)
+    along = float((gradient.double() * votes).sum())
+    square = float(gradient.double().square().sum())
+    assert hearings[0].agreement.votes == pytest.approx(-2 * along)
+    assert hearings[0].agreement.gradient_square == pytest.approx(2 * square)
+    pair = hearings[0].agreement.cosines
+    assert pair is not None
+    assert pair[0] == pytest.approx(-along / math.sqrt(square * float(votes.double().square().sum())))
+    assert hearings[0].seconded.cosines is None and hearings[1].seconded.votes == pytest.approx(2 * along)
+    hearings[0].agree(gradient, votes, order)
+    assert hearings[0].agreement.votes == pytest.approx(-3 * along)
+    hearings[0].begin()
+    assert hearings[0].agreement.cosines is None
 
 
 # -- mutations --------------------------------------------------------------------------------------------------------
