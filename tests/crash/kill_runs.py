@@ -3,12 +3,14 @@
     python tests/crash/kill_runs.py --kills 200 --json assets/kills.json
 
 Each trial is a real run of qwen_prime_train.py's ``main`` in a process of its own, on a tiny model: four steps, a save
-every second, evaluations, statistics, events. Four kinds of trial:
+every second, evaluations, statistics, events. Five kinds of trial:
 
     before      SIGKILL before the n-th system call by which the run changes its folder (open, write, fsync, chmod,
                 rename, link, unlink, truncate, mkdir): each of them has its turn, from the first of the run to the last
     torn        SIGKILL in the middle of a write, each of them: half of it has reached the file; of the long ones, which
                 are checkpoints', also a byte, all but a byte and every eighth between
+    again       killed before a checkpoint has its name, or before the last one becomes the best; resumed, and killed
+                before the n-th call of that, each of them
     full        from the n-th call on the disk is full, for each call that needs room; of a write half still fits. The
                 run must end in a line, exit code 1
     random      SIGKILL at a random moment, again and again in one run
@@ -217,18 +219,20 @@ class Blow:
     Attributes:
         at: number of the call, from 1.
         call: its name.
-        kind: ``before``, ``torn`` or ``full``.
+        kind: ``before``, ``torn``, ``again`` or ``full``.
         part: of a torn write, or of one that fills the disk, how much reaches the file; a byte at least.
+        earlier: number of the call at which the run was killed before, and resumed; 0 if it was not.
     """
 
     at: int
     call: str
     kind: str
     part: float = 0.5
+    earlier: int = 0
 
     def __str__(self) -> str:
-        part = f" at {self.part:.3f}" if self.kind == "torn" else ""
-        return f"{self.kind} call {self.at} ({self.call}){part}"
+        more = f" at {self.part:.3f}" if self.kind == "torn" else f" behind {self.earlier}" if self.earlier else ""
+        return f"{self.kind} call {self.at} ({self.call}){more}"
 
 
 @dataclass(frozen=True)
@@ -271,9 +275,11 @@ class Tally:
 
 
 def strike(stage: Stage, blow: Blow, expected: dict[str, Any], tally: Tally, sabotage: bool = False) -> None:
-    """One trial of the kinds ``before``, ``torn`` and ``full``; with ``sabotage`` the resumed run is a bad one."""
+    """One trial of any kind but ``random``; with ``sabotage`` the resumed run is a bad one."""
     run = stage.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
+    if blow.earlier and wait(stage.start(run, Faults(str(run), blow.earlier))) != -signal.SIGKILL:
+        raise SystemExit(f"error: {blow}: the run was not killed before: {stage.said()}")
     code = wait(stage.start(run, Faults(str(run), blow.at, blow.kind, blow.part)))
 
     def check() -> None:
@@ -330,6 +336,19 @@ def blows(reference: Reference) -> list[Blow]:
             parts = [0.0, *(eighth / 8 for eighth in range(1, 8)), 1 - 0.5 / size] if size > LONG_WRITE else [0.5]
             found += [Blow(at, call, "torn", part) for part in parts]
     return found + [Blow(at, call, "full") for at, (call, _) in calls if call in child.NEED_ROOM]
+
+
+def blows_again(stage: Stage, reference: Reference) -> list[Blow]:
+    """One before every call of a run that goes on where another was killed: in the save in the middle, and where the
+    last checkpoint was to become the best."""
+    run, found = stage.folder / "run", []
+    for earlier in (reference.of_save(1, "replace")[0], reference.of_save(2, "replace")[-1]):
+        shutil.rmtree(run, ignore_errors=True)
+        wait(stage.start(run, Faults(str(run), earlier)))
+        wait(stage.start(run, Faults(str(run))))
+        calls = json.loads((stage.folder / "calls.json").read_text())[0]
+        found += [Blow(at, call, "again", earlier=earlier) for at, call in enumerate(calls, 1)]
+    return found
 
 
 # -- what the kernel saw ----------------------------------------------------------------------------------------------
@@ -399,7 +418,7 @@ def in_turns(stages: list[Stage], trials: Iterator[Trial]) -> None:
         list(pool.map(work, stages))
 
 
-def all_trials(reference: Reference, tally: Tally, kills: int) -> Iterator[Trial]:
+def all_trials(plan: list[Blow], tally: Tally, kills: int) -> Iterator[Trial]:
     """Every trial of a long run; those at random moments last, more of them while there are fewer than ``kills``."""
 
     def one(blow: Blow) -> Trial:
@@ -408,7 +427,6 @@ def all_trials(reference: Reference, tally: Tally, kills: int) -> Iterator[Trial
     def some(seed: int) -> Trial:
         return lambda stage, own: at_random(stage, own.seconds, 4, seed, own.outcome, tally)
 
-    plan = blows(reference)
     for number, blow in enumerate(plan, 1):
         yield one(blow)
         if number % 25 == 0:
@@ -432,7 +450,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"an undisturbed run changes its folder by {len(calls)} calls", flush=True)
         if compared is not None and compared[0] != compared[1]:
             raise SystemExit(f"error: the kernel saw other calls than were counted: {compared}")
-        in_turns(stages, all_trials(reference, tally, arguments.kills))
+        plan = [*blows(reference), *blows_again(first, reference)]
+        in_turns(stages, all_trials(plan, tally, arguments.kills))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     report = {
         "kills": tally.kills,
