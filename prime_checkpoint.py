@@ -79,6 +79,8 @@ _COMMENT_LENGTH = len("qwen-prime sha256=") + 64
 _END_RECORD = 22
 """Length of ZIP's end-of-central-directory record without a comment; its last two bytes are the comment's length."""
 _HASH_CHUNK = 1 << 22
+_WRITE_BUFFER = 1 << 20
+"""Bytes: torch writes an archive in many small pieces, a few for each tensor; what is larger goes past the buffer."""
 _ENTRY = re.compile(
     r"data\.pkl|\.format_version|\.storage_alignment|byteorder|version|data/\d+|\.data/serialization_id"
 )
@@ -176,7 +178,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> str:
     checkpoint["sha256"] = {name: tensor_sha256(tensor) for name, tensor in walk_tensors(checkpoint)}
     try:
         with new_file(path, force=True) as temporary:
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb", buffering=_WRITE_BUFFER) as file:
                 torch.save(_canonical(checkpoint), file)
             return _seal(temporary)
     except OutputError as error:

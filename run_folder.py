@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,9 @@ def _holder(text: str) -> str:
         return "it did not say which"
 
 
-def _link_or_copy(source: Path, target: Path, link: Callable[[Path, Path], None] = os.link) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        link(source, target)
+        os.link(source, target)
     except OSError:
         # Not every file system has hard links; a copy costs its size.
         shutil.copy2(source, target)

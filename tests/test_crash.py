@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 from crash import kill_runs, soak
-from crash.kill_runs import Stage, Tally, at_random, places, strike, undisturbed, wait
+from crash.kill_runs import (
+    Blow,
+    Reference,
+    Stage,
+    Tally,
+    at_random,
+    blows,
+    seen_by_the_kernel,
+    strike,
+    undisturbed,
+    wait,
+)
 from tiny_models import tiny_config, write_source
 
 from prime_checkpoint import load_checkpoint
@@ -30,53 +41,70 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 @pytest.fixture(scope="module")
-def reference(stage: Stage) -> tuple[dict[str, Any], list[str], float]:
+def reference(stage: Stage) -> Reference:
     return undisturbed(stage)
 
 
-def test_killed_at_calls_of_a_save_nothing_is_lost(stage: Stage, reference: tuple) -> None:
-    expected, calls, _ = reference
-    tally = Tally()
-    first = {call: calls.index(call) + 1 for call in ("replace", "fsync", "unlink")}
-    for at in (*first.values(), len(calls)):
-        strike(stage, at, "before", calls[at - 1], expected, tally)
-    writes = [at for at in places(calls, 3) if calls[at - 1] == "write"]
-    for at in writes[1:2]:
-        strike(stage, at, "torn", "write", expected, tally)
-    assert tally.kills == 5 and not tally.losses
+def test_a_save_is_a_few_calls_and_all_of_them_are_tried(reference: Reference) -> None:
+    assert len(reference.saves) == 3 and all(high - low <= 20 for low, high in reference.saves)
+    for number in range(3):
+        # The archive, the length of its closing comment, and that comment.
+        assert len(reference.of_save(number, "write")) == 3
+    before = [blow.at for blow in blows(reference) if blow.kind == "before"]
+    torn = {blow.at for blow in blows(reference) if blow.kind == "torn"}
+    assert before == list(range(1, len(reference.calls) + 1))
+    assert torn == {at for at, call in enumerate(reference.calls, 1) if call == "write"}
 
 
-def test_killed_behind_the_last_save_the_best_is_still_made(stage: Stage, reference: tuple) -> None:
-    expected, calls, _ = reference
-    replaces = [at for at, call in enumerate(calls, 1) if call == "replace"]
+def test_the_kernel_sees_no_other_calls(stage: Stage) -> None:
+    found = seen_by_the_kernel(stage)
+    if found is None:
+        pytest.skip("strace is not there, or may not watch")
+    counted, seen = found
+    assert counted == seen and {"open", "write", "fsync", "replace", "link", "unlink"} <= set(seen)
+
+
+def test_killed_at_calls_of_a_save_nothing_is_lost(stage: Stage, reference: Reference) -> None:
+    """Of the first save and of the one in the middle."""
     tally = Tally()
-    for at in (replaces[-1], replaces[-1] - 1, replaces[-1] + 1):
-        strike(stage, at, "before", calls[at - 1], expected, tally)
-    strike(stage, replaces[-1], "full", "replace", expected, tally)
+    wanted = [(1, "replace"), (1, "fsync"), (1, "unlink"), (0, "replace")]
+    for at in (*(reference.of_save(number, call)[0] for number, call in wanted), len(reference.calls)):
+        strike(stage, Blow(at, reference.calls[at - 1], "before"), reference.outcome, tally)
+    strike(stage, Blow(reference.of_save(1, "write")[0], "write", "torn"), reference.outcome, tally)
+    # Killed there once more when it is resumed, where it clears away what the first kill has left.
+    earlier = reference.of_save(1, "replace")[0]
+    strike(stage, Blow(5, "unlink", "again", earlier=earlier), reference.outcome, tally)
+    assert tally.kills == 7 and not tally.losses
+
+
+def test_killed_behind_the_last_save_the_best_is_still_made(stage: Stage, reference: Reference) -> None:
+    last = reference.of_save(2, "replace")[-1]
+    tally = Tally()
+    for at in (last, last - 1, last + 1):
+        strike(stage, Blow(at, reference.calls[at - 1], "before"), reference.outcome, tally)
+    strike(stage, Blow(last, "replace", "full"), reference.outcome, tally)
     assert not tally.losses
 
 
-def test_a_full_disk_ends_a_run_and_not_its_checkpoints(stage: Stage, reference: tuple) -> None:
-    expected, calls, _ = reference
+def test_a_full_disk_ends_a_run_and_not_its_checkpoints(stage: Stage, reference: Reference) -> None:
     tally = Tally()
-    for at in (calls.index("fsync") + 1, len(calls) * 2 // 3):
-        strike(stage, at, "full", calls[at - 1], expected, tally)
+    for at in (reference.of_save(0, "fsync")[0], reference.of_save(1, "write")[0]):
+        strike(stage, Blow(at, reference.calls[at - 1], "full"), reference.outcome, tally)
     assert tally.trials == {"full": 2} and not tally.losses
 
 
-def test_killed_at_random_nothing_is_lost(stage: Stage, reference: tuple) -> None:
+def test_killed_at_random_nothing_is_lost(stage: Stage, reference: Reference) -> None:
     tally = Tally()
-    at_random(stage, reference[2], 3, int.from_bytes(os.urandom(4), "big"), reference[0], tally)
+    at_random(stage, reference.seconds, 3, int.from_bytes(os.urandom(4), "big"), reference.outcome, tally)
     assert not tally.losses
 
 
-def test_the_harness_notices_a_loss(stage: Stage, reference: tuple) -> None:
+def test_the_harness_notices_a_loss(stage: Stage, reference: Reference) -> None:
     """A trainer that forgets its votes when it resumes."""
-    expected, calls, _ = reference
     tally = Tally()
-    # The last replaces are those of step 4 and of the best: before the first of these the run goes on from step 2.
-    replaces = [at for at, call in enumerate(calls, 1) if call == "replace"]
-    strike(stage, replaces[-2], "before", "replace", expected, tally, sabotage=True)
+    # Before the last checkpoint has its name the run goes on from step 2.
+    at = reference.of_save(2, "replace")[0]
+    strike(stage, Blow(at, "replace", "before"), reference.outcome, tally, sabotage=True)
     assert len(tally.losses) == 1 and "differ" in tally.losses[0]
 
 
@@ -188,24 +216,19 @@ def test_a_second_trainer_in_the_folder_is_refused_in_a_line(stage: Stage) -> No
     assert lines[-1].startswith("error: ") and f"pid {os.getpid()}" in lines[-1]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(stage: Stage, reference: tuple) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(stage: Stage, reference: Reference) -> None:
     """End to end: the run goes on from the one before and ends as if nothing had been."""
-    expected, calls, _ = reference
     run = stage.folder / "run"
     kill_runs.shutil.rmtree(run, ignore_errors=True)
     # Killed where step 2 is saved and step 0 not yet gone.
-    unlinks = [at for at, call in enumerate(calls, 1) if call == "unlink"]
-    for at in unlinks:
-        kill_runs.shutil.rmtree(run, ignore_errors=True)
-        assert wait(stage.start(run, kill_runs.Faults(str(run), at))) == -signal.SIGKILL
-        saved = RunFolder(run, "tiny", 1).saved()
-        if len(saved) == 2:
-            break
+    at = reference.of_save(1, "unlink")[-1]
+    assert wait(stage.start(run, kill_runs.Faults(str(run), at))) == -signal.SIGKILL
+    saved = RunFolder(run, "tiny", 1).saved()
     assert len(saved) == 2
     newest = saved[-1][1]
     newest.write_bytes(newest.read_bytes()[:-7])
     assert wait(stage.start(run)) == 0 and f"passing over {newest}" in stage.said()
-    assert kill_runs.outcome(run)["last"] == expected["last"]
+    assert kill_runs.outcome(run)["last"] == reference.outcome["last"]
 
 
 # -- a soak, in short -------------------------------------------------------------------------------------------------

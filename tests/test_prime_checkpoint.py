@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import hashlib
+import io
 import os
 import resource
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -555,9 +557,12 @@ def test_a_disk_that_fills_up_midway(error: Exception, old: Path, monkeypatch: p
     assert_untouched(old, before)
 
 
+@pytest.mark.parametrize("buffer", [1 << 12, 1 << 20])
 @pytest.mark.parametrize("limit", [0, 1000, 100_000])
-def test_a_real_limit_on_the_files_size(limit: int, old: Path) -> None:
-    """The kernel refuses to write on: torch's own writer is in the middle of the archive."""
+def test_a_real_limit_on_the_files_size(limit: int, buffer: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses to write on: torch's own writer is in the middle of the archive, or has ended it and the
+    buffer is emptied."""
+    monkeypatch.setattr(prime_checkpoint, "_WRITE_BUFFER", buffer)
     before = old.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -569,6 +574,34 @@ def test_a_real_limit_on_the_files_size(limit: int, old: Path) -> None:
     assert_untouched(old, before)
     save_checkpoint(new_checkpoint(6), old)
     assert_same(load_checkpoint(old)["model"], new_checkpoint(6)["model"])
+
+
+def test_a_save_is_written_in_few_pieces_and_never_copied_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[int] = []
+
+    class Counting(io.FileIO):
+        def write(self, data: Any) -> int:
+            writes.append(len(data))
+            return super().write(data)
+
+    def counted_open(file: Any, mode: str, buffering: int = -1) -> Any:
+        return io.BufferedWriter(Counting(file, "w"), buffering) if mode == "wb" else open(file, mode, buffering)
+
+    monkeypatch.setattr(prime_checkpoint, "open", counted_open, raising=False)
+    checkpoint = new_checkpoint()
+    save_checkpoint(checkpoint, tmp_path / "a.pt")
+    assert len(writes) == 1
+    writes.clear()
+    checkpoint["model"]["large"] = torch.zeros(1 << 23)
+    tracemalloc.start()
+    save_checkpoint(checkpoint, tmp_path / "a.pt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(writes) == 3 and max(writes) == 1 << 25
+    assert peak < 1 << 24, "half of the largest tensor"
+    assert_same(load_checkpoint(tmp_path / "a.pt")["model"], checkpoint["model"])
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])

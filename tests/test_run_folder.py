@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ def test_the_newest_whole_one(content: dict[str, Any], tmp_path: Path, caplog: p
     assert folder.newest(at_most=0) is None
 
 
-def test_without_hard_links_the_best_is_a_copy(tmp_path: Path) -> None:
+def test_without_hard_links_the_best_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError("no links here")
 
     (tmp_path / "a").write_bytes(b"content")
-    run_folder._link_or_copy(tmp_path / "a", tmp_path / "b", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    run_folder._link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"content" and not (tmp_path / "a").samefile(tmp_path / "b")

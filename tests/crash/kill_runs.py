@@ -3,18 +3,25 @@
     python tests/crash/kill_runs.py --kills 200 --json assets/kills.json
 
 Each trial is a real run of qwen_prime_train.py's ``main`` in a process of its own, on a tiny model: four steps, a save
-every second, evaluations, statistics, events. Four kinds of trial:
+every second, evaluations, statistics, events. Five kinds of trial:
 
-    before      SIGKILL before the n-th call by which the run changes its folder: open, write, fsync, chmod, replace,
-                link, unlink; each has its turn, of the hundreds of writes of a checkpoint an even sample
-    torn        SIGKILL in the middle of the n-th write, for a sample: half of it has reached the file
-    full        from the n-th call on the disk is full, for a smaller sample; the run must end in a line, exit code 1
+    before      SIGKILL before the n-th system call by which the run changes its folder (open, write, fsync, chmod,
+                rename, link, unlink, truncate, mkdir): each of them has its turn, from the first of the run to the last
+    torn        SIGKILL in the middle of a write, each of them: half of it has reached the file; of the long ones, which
+                are checkpoints', also a byte, all but a byte and every eighth between
+    again       killed before a checkpoint has its name, or before the last one becomes the best; resumed, and killed
+                before the n-th call of that, each of them
+    full        from the n-th call on the disk is full, for each call that needs room; of a write half still fits. The
+                run must end in a line, exit code 1
     random      SIGKILL at a random moment, again and again in one run
 
 Then the run is resumed, until it ends well. It counts as lost if its final state differs in one bit from the
 undisturbed run's (indices, scales, norms, votes, random states, data cursor, supervisor, governor, float optimizer;
 only ``created_by``, which has the time, is left out), if the statistics that a reader sees differ in a loss, if it went
 back behind the last save that it had reported, or if anything is left over in the folder.
+
+A write that is torn leaves what a kill between two shorter ones would. Where strace is there and may watch, the calls
+counted are compared with those that the kernel saw, of the whole run.
 
 A kill leaves what was written to the system's care, so this says nothing on power cuts. For those the order counts, and
 tests/test_crash.py checks it: content on the disk before its name, the name before old files go.
@@ -59,6 +66,10 @@ from run_folder import RunFolder  # noqa: E402
 STEPS, SAVE_EVERY, NAME = 4, 2, "tiny"
 PATIENCE = 240
 """Seconds that a run may take, on a machine however busy."""
+LONG_WRITE = 1 << 16
+"""Bytes: a write of more is torn at nine places."""
+RANDOM_RUNS = 30
+"""At least so many runs are killed at random moments."""
 CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from a process that has no threads and has imported everything: a start costs nothing and inherits no locks.
 CONTEXT.set_forkserver_preload(["crash.child"])
@@ -104,11 +115,11 @@ class Stage:
         flags = ["--no-core-eval", *(["--resume"] if resume else [])]
         return [str(part) for pair in settings.items() for part in pair] + flags
 
-    def start(self, run: Path, faults: Faults | None = None, sabotage: bool = False) -> Any:
-        """Begin or go on in a process of its own."""
+    def start(self, run: Path, faults: Faults | None = None, sabotage: bool = False, gate: Path | None = None) -> Any:
+        """Begin or go on in a process of its own; with a gate, when that file is there."""
         resume = bool(RunFolder(run, NAME, 1).saved())
         calls = self.folder / "calls.json" if faults is not None and not faults.at else None
-        arguments = (self.arguments(run, resume), self.folder / "child.log", faults, calls, sabotage)
+        arguments = (self.arguments(run, resume), self.folder / "child.log", faults, calls, sabotage, gate)
         process = CONTEXT.Process(target=child.run, args=arguments)
         process.start()
         return process
@@ -201,6 +212,51 @@ def finish(stage: Stage, run: Path, expected: dict[str, Any], sabotage: bool = F
 # -- trials -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Blow:
+    """What happens to a run at one of its calls.
+
+    Attributes:
+        at: number of the call, from 1.
+        call: its name.
+        kind: ``before``, ``torn``, ``again`` or ``full``.
+        part: of a torn write, or of one that fills the disk, how much reaches the file; a byte at least.
+        earlier: number of the call at which the run was killed before, and resumed; 0 if it was not.
+    """
+
+    at: int
+    call: str
+    kind: str
+    part: float = 0.5
+    earlier: int = 0
+
+    def __str__(self) -> str:
+        more = f" at {self.part:.3f}" if self.kind == "torn" else f" behind {self.earlier}" if self.earlier else ""
+        return f"{self.kind} call {self.at} ({self.call}){more}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing disturbs.
+
+    Attributes:
+        outcome: see :func:`outcome`.
+        calls, sizes, saves: see :class:`crash.child.Faults`.
+        seconds: how long it takes.
+    """
+
+    outcome: dict[str, Any]
+    calls: list[str]
+    sizes: list[int]
+    saves: list[tuple[int, int]]
+    seconds: float
+
+    def of_save(self, number: int, call: str) -> list[int]:
+        """Numbers of the calls of this name in a save, the first of which is 0."""
+        low, high = self.saves[number]
+        return [at for at in range(low, high) if self.calls[at - 1] == call]
+
+
 @dataclass
 class Tally:
     """Trials, kills and losses so far."""
@@ -218,17 +274,16 @@ class Tally:
             self.losses.append(f"{name}: {error}")
 
 
-def strike(
-    stage: Stage, at: int, kind: str, call: str, expected: dict[str, Any], tally: Tally, sabotage: bool = False
-) -> None:
-    """One trial of the kinds ``before``, ``torn`` and ``full``; with ``sabotage`` the resumed run is a bad one."""
+def strike(stage: Stage, blow: Blow, expected: dict[str, Any], tally: Tally, sabotage: bool = False) -> None:
+    """One trial of any kind but ``random``; with ``sabotage`` the resumed run is a bad one."""
     run = stage.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    code = wait(stage.start(run, Faults(str(run), at, kind)))
-    name = f"{kind} call {at} ({call})"
+    if blow.earlier and wait(stage.start(run, Faults(str(run), blow.earlier))) != -signal.SIGKILL:
+        raise SystemExit(f"error: {blow}: the run was not killed before: {stage.said()}")
+    code = wait(stage.start(run, Faults(str(run), blow.at, blow.kind, blow.part)))
 
     def check() -> None:
-        if kind == "full":
+        if blow.kind == "full":
             lines = [line for line in stage.said().splitlines() if line.startswith(("error", "Traceback"))]
             if code != 1 or len(lines) != 1 or not lines[0].startswith("error: "):
                 raise Lost(f"a full disk ended it with {code}: {stage.said()[-300:]}")
@@ -236,7 +291,7 @@ def strike(
             raise Lost(f"was not killed but ended with {code}: {stage.said()[-300:]}")
         finish(stage, run, expected, sabotage)
 
-    tally.count(kind, 0 if kind == "full" else 1, name, check)
+    tally.count(blow.kind, 0 if blow.kind == "full" else 1, str(blow), check)
 
 
 def at_random(stage: Stage, seconds: float, kills: int, seed: int, expected: dict[str, Any], tally: Tally) -> None:
@@ -255,8 +310,8 @@ def at_random(stage: Stage, seconds: float, kills: int, seed: int, expected: dic
     tally.count("random", done, f"random, seed {seed}", lambda: finish(stage, run, expected))
 
 
-def undisturbed(stage: Stage) -> tuple[dict[str, Any], list[str], float]:
-    """Outcome of a run that nothing disturbs, the calls by which it wrote, and its seconds."""
+def undisturbed(stage: Stage) -> Reference:
+    """What disturbed runs are compared with."""
     run = stage.folder / "run"
     outcomes = []
     for watched in (True, False):
@@ -268,52 +323,117 @@ def undisturbed(stage: Stage) -> tuple[dict[str, Any], list[str], float]:
         outcomes.append(outcome(run))
     if outcomes[0] != outcomes[1]:
         raise SystemExit("error: two undisturbed runs differ: nothing can be compared here")
-    return outcomes[0], json.loads((stage.folder / "calls.json").read_text()), seconds
+    calls, sizes, saves = json.loads((stage.folder / "calls.json").read_text())
+    return Reference(outcomes[0], calls, sizes, saves, seconds)
 
 
-def places(calls: list[str], writes: int) -> list[int]:
-    """Numbers of the calls to strike at: all but writes, and an even sample of about so many of these."""
-    of_writes = [at for at, call in enumerate(calls, 1) if call == "write"]
-    sampled = of_writes[:: max(1, len(of_writes) // max(1, writes))]
-    return sorted([*sampled, *(at for at, call in enumerate(calls, 1) if call != "write")])
+def blows(reference: Reference) -> list[Blow]:
+    """One before every call, some in every write, and a full disk from every call on that needs room."""
+    calls = list(enumerate(zip(reference.calls, reference.sizes, strict=True), 1))
+    found = [Blow(at, call, "before") for at, (call, _) in calls]
+    for at, (call, size) in calls:
+        if call == "write" and size > 1:
+            parts = [0.0, *(eighth / 8 for eighth in range(1, 8)), 1 - 0.5 / size] if size > LONG_WRITE else [0.5]
+            found += [Blow(at, call, "torn", part) for part in parts]
+    return found + [Blow(at, call, "full") for at, (call, _) in calls if call in child.NEED_ROOM]
 
 
-Trial = Callable[[Stage, dict[str, Any], float], None]
+def blows_again(stage: Stage, reference: Reference) -> list[Blow]:
+    """One before every call of a run that goes on where another was killed: in the save in the middle, and where the
+    last checkpoint was to become the best."""
+    run, found = stage.folder / "run", []
+    for earlier in (reference.of_save(1, "replace")[0], reference.of_save(2, "replace")[-1]):
+        shutil.rmtree(run, ignore_errors=True)
+        wait(stage.start(run, Faults(str(run), earlier)))
+        wait(stage.start(run, Faults(str(run))))
+        calls = json.loads((stage.folder / "calls.json").read_text())[0]
+        found += [Blow(at, call, "again", earlier=earlier) for at, call in enumerate(calls, 1)]
+    return found
 
 
-def in_turns(stages: list[Stage], trials: Iterator[Trial]) -> list[str]:
-    """Let every stage take trials from a common list until it is empty; the calls of an undisturbed run."""
-    lock, calls = threading.Lock(), []
+# -- what the kernel saw ----------------------------------------------------------------------------------------------
+
+KERNEL_CALLS = {
+    **{"open": "open", "openat": "open", "creat": "open", "write": "write", "pwrite64": "write", "writev": "write"},
+    **{"fsync": "fsync", "fdatasync": "fsync", "rename": "replace", "renameat": "replace", "renameat2": "replace"},
+    **{"link": "link", "linkat": "link", "unlink": "unlink", "unlinkat": "unlink", "rmdir": "rmdir"},
+    **{"chmod": "chmod", "fchmod": "chmod", "fchmodat": "chmod", "truncate": "truncate", "ftruncate": "truncate"},
+    **{"mkdir": "mkdir", "mkdirat": "mkdir", "fallocate": "fallocate", "sendfile": "sendfile"},
+    **{"copy_file_range": "copy_file_range", "symlink": "symlink", "symlinkat": "symlink", "pwritev": "write"},
+}
+"""What may change a folder, by the name that the faults give it, or by its own: then they have missed it."""
+
+
+def seen_by_the_kernel(stage: Stage) -> tuple[list[str], list[str]] | None:
+    """The calls by which an undisturbed run changes its folder, as counted here and as strace counts them; None where
+    strace is not there or may not watch."""
+    run, gate, trace = (stage.folder / name for name in ("run", "gate", "trace"))
+    shutil.rmtree(run, ignore_errors=True)
+    gate.unlink(missing_ok=True)
+    program = shutil.which("strace")
+    if program is None:
+        return None
+    process = stage.start(run, Faults(str(run)), gate=gate)
+    command = [program, "-f", "-y", "-s", "0", "-e", f"trace={','.join(f'?{name}' for name in KERNEL_CALLS)}"]
+    with subprocess.Popen(
+        [*command, "-o", str(trace), "-p", str(process.pid)], stderr=subprocess.PIPE, text=True
+    ) as watcher:
+        assert watcher.stderr is not None
+        attached = "attached" in watcher.stderr.readline()
+        gate.touch()
+        code = wait(process)
+        watcher.wait(PATIENCE)
+    if not attached:
+        return None
+    if code:
+        raise SystemExit(f"error: the undisturbed run ended with {code}: {stage.said()}")
+    seen = []
+    for line in trace.read_text(errors="replace").splitlines():
+        name = KERNEL_CALLS.get(line.split("(")[0].split()[-1], "") if "(" in line else ""
+        looks = name == "open" and not any(flag in line for flag in ("O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC"))
+        if name and str(run) in line and not looks:
+            seen.append(name)
+    return json.loads((stage.folder / "calls.json").read_text())[0], seen
+
+
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+Trial = Callable[[Stage, Reference], None]
+
+
+def in_turns(stages: list[Stage], trials: Iterator[Trial]) -> None:
+    """Let every stage take trials from a common list until it is empty."""
+    lock = threading.Lock()
 
     def work(stage: Stage) -> None:
-        expected, found, seconds = undisturbed(stage)
-        calls.append(found)
+        reference = undisturbed(stage)
         while True:
             with lock:
                 trial = next(trials, None)
             if trial is None:
                 return
-            trial(stage, expected, seconds)
+            trial(stage, reference)
 
     with ThreadPoolExecutor(len(stages)) as pool:
         list(pool.map(work, stages))
-    return calls[0]
 
 
-def all_trials(stage: Stage, tally: Tally, kills: int) -> Iterator[Trial]:
-    """Every trial of a long run; those at random moments as long as there are fewer than ``kills`` kills."""
-    _, calls, _ = undisturbed(stage)
-    print(f"an undisturbed run writes by {len(calls)} calls", flush=True)
-    plan = [(at, "before") for at in places(calls, 40)]
-    plan += [(at, "torn") for at in places(calls, 60) if calls[at - 1] == "write"]
-    plan += [(at, "full") for at in places(calls, 20)]
-    for number, (at, kind) in enumerate(plan):
-        yield lambda stage, expected, _, at=at, kind=kind: strike(stage, at, kind, calls[at - 1], expected, tally)
-        if number % 25 == 24:
-            print(f"{number + 1} of {len(plan)}: {tally.kills} kills, {len(tally.losses)} losses", flush=True)
+def all_trials(plan: list[Blow], tally: Tally, kills: int) -> Iterator[Trial]:
+    """Every trial of a long run; those at random moments last, more of them while there are fewer than ``kills``."""
+
+    def one(blow: Blow) -> Trial:
+        return lambda stage, own: strike(stage, blow, own.outcome, tally)
+
+    def some(seed: int) -> Trial:
+        return lambda stage, own: at_random(stage, own.seconds, 4, seed, own.outcome, tally)
+
+    for number, blow in enumerate(plan, 1):
+        yield one(blow)
+        if number % 25 == 0:
+            print(f"{number} of {len(plan)}: {tally.kills} kills, {len(tally.losses)} losses", flush=True)
     seed = 0
-    while tally.kills < kills:
-        yield lambda stage, expected, seconds, seed=seed: at_random(stage, seconds, 4, seed, expected, tally)
+    while tally.kills < kills or seed < RANDOM_RUNS:
+        yield some(seed)
         seed += 1
 
 
@@ -325,13 +445,21 @@ def main(arguments: argparse.Namespace) -> int:
         for folder in folders:
             folder.mkdir()
         first, *stages = map(Stage.build, folders)
-        calls = in_turns(stages, all_trials(first, tally, arguments.kills))
+        reference, compared = undisturbed(first), seen_by_the_kernel(first)
+        calls = reference.calls
+        print(f"an undisturbed run changes its folder by {len(calls)} calls", flush=True)
+        if compared is not None and compared[0] != compared[1]:
+            raise SystemExit(f"error: the kernel saw other calls than were counted: {compared}")
+        plan = [*blows(reference), *blows_again(first, reference)]
+        in_turns(stages, all_trials(plan, tally, arguments.kills))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     report = {
         "kills": tally.kills,
         "losses": len(tally.losses),
         "trials": tally.trials,
         "calls": {call: calls.count(call) for call in sorted(set(calls))},
+        "calls_of_each_save": [" ".join(calls[low - 1 : high - 1]) for low, high in reference.saves],
+        "kernel_saw_the_same": compared is not None,
         "seconds": round(time.perf_counter() - begun),
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),

@@ -155,7 +155,9 @@ class Accidents:
         """A step; from the one that was asked for on, the disk is about to be full."""
         self.trainer = trainer
         if self.full_at is not None and trainer.done >= self.full_at and not self.faults.at:
-            self.faults.at = len(self.faults.calls) + self.draw.randint(1, 400)
+            # Two calls for the statistics of each step, some thirty for a save: about what lies between two saves.
+            between = 2 * int(self.plan.settings["--save-every"]) + 30
+            self.faults.at = len(self.faults.calls) + self.draw.randint(1, between)
         result = self.step(trainer)
         if trainer.done % max(1, self.plan.steps // 500) == 0:
             with open(self.plan.folder / f"{self.run.name}_{RESIDENT}", "a", encoding="utf-8") as file:
