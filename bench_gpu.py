@@ -5,8 +5,8 @@ checkpointing, in bfloat16. Vote training runs with the watch that a user's run 
 transformers' Trainer runs them: fused AdamW, bfloat16 weights or float32 weights under autocast, nothing waited for
 within a step. Methods take turns in one process; a step ends when the card is done.
 
-Memory is what torch holds on the card (``reserved``) and what of it was in use at once (``allocated``), both since the
-model was built; the CUDA context (0.4 to 0.6 GB) is beside it. Each method is measured alone, before all are built.
+Memory is what was in use on the card at once (``allocated``), model included, and for one method alone also what torch
+held for it (``reserved``); the CUDA context (0.4 to 0.6 GB) is beside it.
 
 ``--limit-gb`` trains under a limit that torch enforces, context included, with 0.5 GB set aside for it.
 """
@@ -240,14 +240,12 @@ def compare(config: GpuBench, name: str, seq_len: int) -> list[dict[str, Any]]:
     for method in tqdm(installed, desc=f"{name}, {seq_len}", leave=False, disable=None):
         held = torch.cuda.memory_allocated()
         _emptied()
-        kept = torch.cuda.memory_reserved()
         built[method] = _make(config, name, method, seq_len)
         for _ in range(2):
             built[method].step(config.micro_batches if METHODS[method].vote_rule else 2)
         torch.cuda.synchronize()
-        found = _memory()
-        lines[method]["allocated_gb"] = round(found["allocated_gb"] - held / 1e9, 3)
-        lines[method]["reserved_gb"] = round(found["reserved_gb"] - kept / 1e9, 3)
+        # What torch holds beyond that depends here on the holes that the methods before have left.
+        lines[method]["allocated_gb"] = round(_memory()["allocated_gb"] - held / 1e9, 3)
     times: dict[str, list[float]] = {m: [] for m in built}
     tokens = dict.fromkeys(built, 0)
     for _ in range(config.rounds):

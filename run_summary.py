@@ -351,6 +351,8 @@ def _entry(event: dict[str, Any]) -> Entry:
         text = f"saved {said('path').rpartition('/')[2]}" + (", the best so far" if best else "")
     elif kind == "out_of_memory":
         level, text = "warning", f"out of memory ({said('where')}): {said('from')} -> {said('to')}"
+    elif kind == "cuda_graphs":
+        level, text = "warning", f"recording of micro-batches {said('state')}: {said('reason')}"
     elif kind in ("spike", "non_finite"):
         level, text = "warning", f"{kind.replace('_', ' ')}: {said('reason')}"
     elif kind == "roll_back":
