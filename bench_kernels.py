@@ -11,6 +11,7 @@ import torch
 
 import ghost_kernels as kernels
 import manifolds
+import vote_units
 from bench_tools import alternate, machine, print_table, write_json
 
 
@@ -43,14 +44,14 @@ def functions(rows: int, columns: int) -> dict[str, Callable[[], Any]]:
     indices, _ = kernels.snap(weights, scale, table)
     normal = weights / scale[:, None]
     out, snapped = torch.empty_like(weights), torch.empty_like(indices)
-    units = kernels.VoteUnits.for_buffer(8, 32)
+    units = vote_units.VoteUnits.for_buffer(8, 32)
     yardstick = torch.full((rows,), 0.3 * units.unit / 32 / 1e-3)
     votes = torch.zeros(rows, columns, dtype=torch.int8)
     squares, sketch = torch.zeros(2, rows, dtype=torch.int64)
     every = torch.arange(rows)
     for k in range(32):
         kernels.cast_votes(
-            gradient, every, yardstick, votes, squares, sketch, keys=kernels.hash_keys(0), slot=k, units=units
+            gradient, every, yardstick, votes, squares, sketch, keys=vote_units.hash_keys(0), slot=k, units=units
         )
     stride = kernels.integer_strides(kernels.inverse_scales(scale), 1e-4, units.unit)
     scratch = indices.clone(), votes.clone()

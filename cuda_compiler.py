@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -111,6 +110,7 @@ class Module:
         if torch.version.cuda is None:
             raise CudaCompilerError(f"torch {torch.__version__} has no CUDA: a build that has it compiles the kernels")
         self.device = device
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         properties = torch.cuda.get_device_properties(device)
         self.processors: int = properties.multi_processor_count
         architecture = f"sm_{properties.major}{properties.minor}"
@@ -131,7 +131,7 @@ class Module:
             self._functions[name] = function
         return function
 
-    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
+    def launch(self, name: str, blocks: int, threads: int, *arguments: Argument) -> None:
         """Queue a kernel; nothing is waited for, and nothing is queued where there are no blocks.
 
         Args:
@@ -139,6 +139,11 @@ class Module:
                 keeps the tensors alive as torch does: until memory is reused on this stream.
         """
         if blocks == 0:
+            return
+        if torch.cuda.current_device() != self._index:
+            # The driver launches in the present context: that of another card would not know the kernel.
+            with torch.cuda.device(self._index):
+                self.launch(name, blocks, threads, *arguments)
             return
         function = self._function(name)
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))

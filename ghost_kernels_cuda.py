@@ -64,9 +64,9 @@ def dequantize(indices: torch.Tensor, scale: torch.Tensor, manifold: Manifold, o
         return
     width = 8 if columns % 8 == 0 else 1
     blocks = min(8 * module.processors, -(-count // (width * _THREADS)))
-    arguments = (*map(_pointer, (indices, scale, table, out)), c_ulonglong(count), c_uint(columns))
     name = f"dequantize_{_TYPES[out.dtype]}{'_words' if manifold.vote_bits else ''}"
-    module.launch(name, blocks, _THREADS, arguments)
+    pointers = map(_pointer, (indices, scale, table, out))
+    module.launch(name, blocks, _THREADS, *pointers, c_ulonglong(count), c_uint(columns))
 
 
 def cast(
@@ -87,11 +87,12 @@ def cast(
     mark: torch.Tensor | None,
 ) -> None:
     """As :func:`ghost_kernels.cast_votes`."""
-    numbers = (c_uint(gradient.shape[1]), c_uint(keys[0]), c_uint(keys[1]), c_uint(offset))
-    plain = (c_int(limit), c_int(wide), c_int(shift), c_int(sign), _pointer(control), _pointer(mark))
-    arguments = (*map(_pointer, (gradient, rows, yardstick, votes, squares, sketch)), *numbers, *plain)
     name = f"cast_{_TYPES[gradient.dtype]}_{_TYPES[votes.dtype]}"
-    module_of(gradient.device).launch(name, len(rows), _ROW_THREADS, arguments)
+    pointers = map(_pointer, (gradient, rows, yardstick, votes, squares, sketch))
+    draws = map(c_uint, (gradient.shape[1], *keys, offset))
+    numbers = map(c_int, (limit, wide, shift, sign))
+    places = map(_pointer, (control, mark))
+    module_of(gradient.device).launch(name, len(rows), _ROW_THREADS, *pointers, *draws, *numbers, *places)
 
 
 def whispers(
@@ -109,14 +110,18 @@ def whispers(
     mark: torch.Tensor | None,
 ) -> None:
     """As :func:`ghost_kernels.cast_whispers`; ``one`` and ``top`` are its fixed point and limit."""
-    plain = (c_uint(gradient.shape[1]), c_float(one), c_float(top), c_int(sign), _pointer(mark))
-    arguments = (
-        *map(_pointer, (gradient, rows, yardstick)),
+    read, written = map(_pointer, (gradient, rows, yardstick)), map(_pointer, (votes, sizes, squares))
+    numbers = (c_uint(gradient.shape[1]), c_float(one), c_float(top), c_int(sign))
+    module_of(gradient.device).launch(
+        f"whispers_{_TYPES[votes.dtype]}",
+        len(rows),
+        _ROW_THREADS,
+        *read,
         c_int(gate),
-        *map(_pointer, (votes, sizes, squares)),
-        *plain,
+        *written,
+        *numbers,
+        _pointer(mark),
     )
-    module_of(gradient.device).launch(f"whispers_{_TYPES[votes.dtype]}", len(rows), _ROW_THREADS, arguments)
 
 
 def _counts(device: torch.device) -> torch.Tensor:
@@ -136,10 +141,11 @@ def apply(
     """As :func:`ghost_kernels.apply_votes`; the three counts, int64 ``(3,)``, stay on the device."""
     counts = _counts(indices.device)
     pointers = map(_pointer, (indices, votes, stride, manifold.fixed, manifold.fixed_buckets))
-    sizes = (c_uint(indices.shape[1]), c_uint(manifold.top), c_int(manifold.vote_bits), *map(c_uint, keys))
-    plain = (c_longlong(decay), c_longlong(carry), c_longlong(shrink), _pointer(counts))
+    sizes = (c_uint(indices.shape[1]), c_uint(manifold.top), c_int(manifold.vote_bits))
+    draws, plain = map(c_uint, keys), map(c_longlong, (decay, carry, shrink))
     name = "apply_words" if votes is None else f"apply_{_TYPES[votes.dtype]}"
-    module_of(indices.device).launch(name, len(indices), _THREADS, (*pointers, *sizes, *plain))
+    launch = module_of(indices.device).launch
+    launch(name, len(indices), _THREADS, *pointers, *sizes, *draws, *plain, _pointer(counts))
     return counts
 
 
@@ -158,10 +164,11 @@ def flip(
     """As :func:`ghost_kernels.flip_by_majority`; the three counts, int64 ``(3,)``, stay on the device."""
     counts = _counts(indices.device)
     pointers = map(_pointer, (indices, votes, stride, manifold.fixed))
-    sizes = (c_uint(indices.shape[1]), c_int(manifold.top), *map(c_uint, keys))
-    plain = (*map(c_int, (threshold, jitter, chance)), c_longlong(decay), c_longlong(carry), _pointer(counts))
-    arguments = (*pointers, *sizes, *plain)
-    module_of(indices.device).launch(f"flip_{_TYPES[votes.dtype]}", len(indices), _THREADS, arguments)
+    sizes = (c_uint(indices.shape[1]), c_int(manifold.top))
+    draws, small = map(c_uint, keys), map(c_int, (threshold, jitter, chance))
+    plain = (c_longlong(decay), c_longlong(carry), _pointer(counts))
+    launch = module_of(indices.device).launch
+    launch(f"flip_{_TYPES[votes.dtype]}", len(indices), _THREADS, *pointers, *sizes, *draws, *small, *plain)
     return counts
 
 
@@ -174,18 +181,20 @@ def observe(
     picked: torch.Tensor,
 ) -> None:
     """As :func:`sliced_softmax.observe`."""
-    pointers = (_pointer(logits), _pointer(targets), c_longlong(first), *map(_pointer, (top, total, picked)))
-    arguments = (*pointers, c_uint(logits.shape[1]))
-    module_of(logits.device).launch(f"observe_{_TYPES[logits.dtype]}", len(logits), _THREADS, arguments)
+    read, written = map(_pointer, (logits, targets)), map(_pointer, (top, total, picked))
+    launch = module_of(logits.device).launch
+    name = f"observe_{_TYPES[logits.dtype]}"
+    launch(name, len(logits), _THREADS, *read, c_longlong(first), *written, c_uint(logits.shape[1]))
 
 
 def softmax_gradient(
     logits: torch.Tensor, targets: torch.Tensor, first: int, norm: torch.Tensor, factor: torch.Tensor
 ) -> None:
     """As :func:`sliced_softmax.turn_into_gradient`, in place."""
-    pointers = (_pointer(logits), _pointer(targets), c_longlong(first), _pointer(norm), _pointer(factor))
-    arguments = (*pointers, c_uint(logits.shape[1]))
-    module_of(logits.device).launch(f"softmax_gradient_{_TYPES[logits.dtype]}", len(logits), _THREADS, arguments)
+    places, numbers = map(_pointer, (logits, targets)), map(_pointer, (norm, factor))
+    launch = module_of(logits.device).launch
+    name = f"softmax_gradient_{_TYPES[logits.dtype]}"
+    launch(name, len(logits), _THREADS, *places, c_longlong(first), *numbers, c_uint(logits.shape[1]))
 
 
 def gather_rows(gradient: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,10 +210,6 @@ def gather_rows(gradient: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor
     """
     ordered, order = torch.sort(ids, stable=True)
     summed, rows = torch.empty_like(gradient), torch.empty_like(ids)
-    arguments = (
-        *map(_pointer, (gradient, order, ordered, summed, rows)),
-        c_uint(gradient.shape[0]),
-        c_uint(gradient.shape[1]),
-    )
-    module_of(gradient.device).launch("gather_rows", len(ids), _THREADS, arguments)
+    pointers = map(_pointer, (gradient, order, ordered, summed, rows))
+    module_of(gradient.device).launch("gather_rows", len(ids), _THREADS, *pointers, *map(c_uint, gradient.shape))
     return summed, rows

@@ -84,7 +84,7 @@ def make_deterministic(device: str) -> None:
         # Not as a mere warning: with that, torch's memory-efficient attention stays as it is.
         torch.use_deterministic_algorithms(True)
         # Else every new tensor is written once more, with NaN.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def return_freed_memory(threshold: int = 1 << 20) -> bool:

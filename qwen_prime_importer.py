@@ -28,7 +28,7 @@ from tqdm import tqdm
 import manifolds
 import prime_cli
 from ghost_core import HEADROOM, GhostGrid
-from ghost_kernels import KernelError, SnapReport
+from ghost_kernels import SnapReport
 from prime_checkpoint import FORMAT, VERSION, CheckpointError, created_by, one_line, probe, save_checkpoint
 from qwen_prime_wrapper import (
     ModelError,
@@ -41,6 +41,7 @@ from qwen_prime_wrapper import (
     pack_tokenizer,
     source_name,
 )
+from vote_units import KernelError
 
 log = logging.getLogger("importer")
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import ghost_kernels_cuda as cuda_kernels
-from ghost_kernels import as_float, backend_for, run_rows
+from ghost_kernels import backend_for
+from ghost_kernels_cpu import as_float, run_rows
 
 _LANES = 64
 _BLOCK = 1024

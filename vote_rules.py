@@ -61,8 +61,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 import ghost_kernels as kernels
-from ghost_kernels import VoteUnits
+import vote_units
 from manifolds import Manifold
+from vote_units import VoteUnits
 
 BUFFER_BITS = {"int8": 8, "int16": 16}
 _BUFFER_TYPES = {"int8": torch.int8, "int16": torch.int16}
@@ -126,7 +127,7 @@ def _keys(grid: Grid, salt: int) -> tuple[int, int]:
 # The same in all micro-batches of a step.
 @lru_cache(maxsize=4096)
 def _keys_of(seed: int, step: int, salt: int, name: str) -> tuple[int, int]:
-    return kernels.hash_keys(seed, step, salt, tensor_id(name))
+    return vote_units.hash_keys(seed, step, salt, tensor_id(name))
 
 
 _CAST, _DRAW, _FADE = 0, 1, 2
@@ -273,7 +274,7 @@ class MomentumRule(VoteRule):
 
     def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:
         super().check(manifold, micro_batches, uses)
-        most = kernels.SLOTS_MAX // uses
+        most = vote_units.SLOTS_MAX // uses
         if micro_batches > most:
             raise RuleError(f"rule {self.name} counts at most {most} micro-batches in a step, got {micro_batches}")
 
@@ -414,7 +415,7 @@ class SupermajorityRule(VoteRule):
 
     def check(self, manifold: Manifold, micro_batches: int, uses: int) -> None:
         super().check(manifold, micro_batches, uses)
-        most = min(self.carry + 1, kernels.SLOTS_MAX // 2) // uses
+        most = min(self.carry + 1, vote_units.SLOTS_MAX // 2) // uses
         if micro_batches > most:
             raise RuleError(
                 f"rule {self.name} with an {self.buffer} buffer counts at most {most} micro-batches in a step, got "
@@ -436,7 +437,7 @@ class SupermajorityRule(VoteRule):
             deviation = max(square - size * size, 0.0) ** 0.5
             # Below 1, a layer's heat also raises the gate, so that fewer weights flip and not only less far.
             gate = (size + self.sensitivity * deviation) / rms / grid.heat if rms > 0 else 0.0
-            gate = round(min(gate, 2.0 * kernels.WHISPER_LIMIT) * 2**kernels.WHISPER_BITS)
+            gate = round(min(gate, 2.0 * vote_units.WHISPER_LIMIT) * 2**vote_units.WHISPER_BITS)
             one = min(1 / rms, 1e30) if rms > 0 else 0.0
             state.cached = (key, (torch.full_like(state.rows["r2"], one), gate))
         return state.cached[1]
@@ -481,7 +482,7 @@ class SupermajorityRule(VoteRule):
     def update(self, grid: Grid) -> None:
         state = _state(grid)
         yard = float(self.yardstick(grid)[0].amax())
-        scale = 2.0**kernels.WHISPER_BITS * yard
+        scale = 2.0**vote_units.WHISPER_BITS * yard
         count = grid.indices.shape[1] * grid.ballot.micro_batches
         for mean, total, power in (("r1", "row_sizes", 1), ("r2", "row_squares", 2)):
             value = state.rows[total].double() / (count * scale**power) if yard > 0 else state.rows[mean].double() * 0

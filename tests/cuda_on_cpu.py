@@ -10,7 +10,6 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import ghost_kernels
@@ -50,7 +49,7 @@ class CpuModule:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
+    def launch(self, name: str, blocks: int, threads: int, *arguments: Argument) -> None:
         """Run all blocks."""
         assert 0 <= blocks < WRONG and 0 < threads <= 1024 and threads % 32 == 0
         kernel = getattr(self.library, name)

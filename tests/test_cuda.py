@@ -14,6 +14,7 @@ import ghost_kernels as kernels
 import ghost_kernels_cuda
 import manifolds
 import prime_device
+import vote_units
 from bench_models import Endless, ghost_model
 from ghost_core import ghost_cross_entropy
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
@@ -76,7 +77,7 @@ def test_dequantize(shape: tuple[int, int], name: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cast_and_take_back(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(shape)
-    units = kernels.VoteUnits.for_buffer(bits, 5)
+    units = vote_units.VoteUnits.for_buffer(bits, 5)
     total = shape[0] + 3
     gradient = torch.from_numpy(rng.standard_normal(shape).astype(np.float32) * 10.0 ** rng.uniform(-3, 3, shape))
     start = torch.from_numpy(rng.integers(-units.carry, units.carry + 1, (total, shape[1])))
@@ -102,7 +103,7 @@ def test_cast_and_take_back(shape: tuple[int, int], bits: int, dtype: torch.dtyp
 
 @needs_card
 def test_what_is_not_finite_is_marked_casts_nothing_and_is_taken_back() -> None:
-    units = kernels.VoteUnits.for_buffer(8, 1)
+    units = vote_units.VoteUnits.for_buffer(8, 1)
     gradient = torch.randn(40, 1536, device="cuda")
     rows = torch.arange(40, device="cuda")
     rows[7] = -1
@@ -132,7 +133,7 @@ def test_what_is_not_finite_is_marked_casts_nothing_and_is_taken_back() -> None:
 def test_apply(shape: tuple[int, int], shrink: int, kind: str) -> None:
     rng = np.random.default_rng(shape)
     table = manifolds.build("compact" if kind == "compact" else "prime-harmonic")
-    units = kernels.VoteUnits.for_buffer({"int8": 8, "int16": 16, "compact": 6}[kind], 1)
+    units = vote_units.VoteUnits.for_buffer({"int8": 8, "int16": 16, "compact": 6}[kind], 1)
     votes = torch.from_numpy(np.rint(rng.standard_normal(shape) * units.carry / 3).clip(-units.carry, units.carry))
     levels = torch.from_numpy(rng.integers(-table.top, table.top + 1, shape))
     words = (levels << table.vote_bits) + (votes.long() if kind == "compact" else 0)

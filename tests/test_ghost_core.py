@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import ghost_core as core
 import ghost_kernels as kernels
 import manifolds
+import vote_units
 from ghost_core import (
     Ballot,
     GhostEmbedding,
@@ -34,7 +35,7 @@ MANIFOLD = manifolds.build("prime-harmonic")
 COMPACT = manifolds.build("compact")
 PLAIN = MomentumRule(buffer="int16", beta=0.0, beta2=0.5)
 """Without memory, and with the finest votes."""
-UNIT = kernels.UNITS[16]
+UNIT = vote_units.UNITS[16]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -367,7 +368,7 @@ def test_import_refuses_what_is_not_finite_and_keeps_the_old_weights() -> None:
     for bad in (math.nan, math.inf):
         weights = torch.ones(4, 3)
         weights[2, 1] = bad
-        with pytest.raises(kernels.KernelError, match="row 2"):
+        with pytest.raises(vote_units.KernelError, match="row 2"):
             grid.import_weights(weights)
     assert torch.equal(dense(grid), before)
 

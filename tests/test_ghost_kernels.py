@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_compiler
 import ghost_kernels as kernels
+import ghost_kernels_cpu
 import ghost_kernels_cuda
+import ghost_kernels_torch
 import manifolds
-from ghost_kernels import KernelError, VoteUnits
+import vote_units
 from manifolds import FIXED_BITS, INDEX_MAX, Manifold
+from vote_units import KernelError, VoteUnits
 
 ONE = 1 << FIXED_BITS
 GARBAGE = -12_345
@@ -54,7 +57,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def set_slices(monkeypatch: pytest.MonkeyPatch, elements: int | None) -> None:
     if elements is not None:
-        monkeypatch.setattr(kernels, "SLICE_ELEMENTS", elements)
+        monkeypatch.setattr(ghost_kernels_torch, "SLICE_ELEMENTS", elements)
 
 
 def generator(*seed: int) -> np.random.Generator:
@@ -524,7 +527,7 @@ def hash_in_python(position: int, key0: int, key1: int) -> int:
 
 def hashes_of(shape: tuple[int, int], keys: tuple[int, int]) -> np.ndarray:
     """The hash of every element of a matrix, int64."""
-    return kernels._hash_reference(torch.arange(shape[0] * shape[1]), *keys).view(shape).numpy()
+    return ghost_kernels_torch.hash_of(torch.arange(shape[0] * shape[1]), *keys).view(shape).numpy()
 
 
 def sixteenths(gradient: torch.Tensor, yardstick: torch.Tensor, limit: int) -> np.ndarray:
@@ -579,7 +582,7 @@ def test_casting_is_unbiased(micro_batches: int, kind: str) -> None:
         total = np.zeros(24)
         for round_ in range(rounds):
             votes, sums = torch.zeros(24, columns, dtype=torch.int16), empty_sums(24)
-            keys = kernels.hash_keys(7, round_)
+            keys = vote_units.hash_keys(7, round_)
             kernels.cast_votes(wide, torch.arange(24), torch.ones(24), votes, *sums, keys=keys, slot=slot, units=units)
             cast = -votes.numpy().astype(np.int64)
             assert ((cast == f[:, None] // 65536) | (cast == -(-f[:, None] // 65536))).all()
@@ -722,9 +725,9 @@ def test_a_step_of_the_loudest_votes_does_not_wrap(kind: str, micro_batches: int
 
 def test_units_leave_room_at_every_count() -> None:
     """No vote is clipped to nothing, a step's votes fill three quarters of the buffer's range, statistics fit."""
-    for bits, unit in kernels.UNITS.items():
+    for bits, unit in vote_units.UNITS.items():
         for uses in (1, 2):
-            most = kernels.SLOTS_MAX // uses
+            most = vote_units.SLOTS_MAX // uses
             for micro_batches in range(1, most + 1):
                 units = VoteUnits.for_buffer(bits, micro_batches, uses)
                 slots = micro_batches * uses
@@ -735,7 +738,7 @@ def test_units_leave_room_at_every_count() -> None:
                 assert float(np.float32(units.wide)) == units.wide
                 assert 0 < slots * units.limit <= 3 << bits + 13
                 assert units.wide >= units.limit
-                assert ((units.wide >> units.stat_shift) + 1) ** 2 * slots * kernels.COLUMNS_MAX < 1 << 63
+                assert ((units.wide >> units.stat_shift) + 1) ** 2 * slots * vote_units.COLUMNS_MAX < 1 << 63
             for micro_batches in (0, -1, most + 1):
                 with pytest.raises(KernelError, match=f"micro_batches is {micro_batches}, expected 1 to {most}"):
                     VoteUnits.for_buffer(bits, micro_batches, uses)
@@ -749,7 +752,7 @@ def test_units_leave_room_at_every_count() -> None:
 @pytest.mark.parametrize("slots", [1, 2, 1024])
 def test_row_statistics_of_the_loudest_votes_do_not_wrap(slots: int, kind: str, backend: str) -> None:
     """The widest row with every vote at its limit; what is left of a step's slots would fit as well."""
-    columns = kernels.COLUMNS_MAX
+    columns = vote_units.COLUMNS_MAX
     units = VoteUnits.for_buffer(BITS[kind], slots)
     votes, (squares, sketch) = torch.zeros(1, columns, dtype=torch.int16), empty_sums(1)
     signs = np.where(hashes_of((1, columns), KEYS) >> 31, -1, 1)
@@ -768,14 +771,14 @@ def test_row_statistics_of_the_loudest_votes_do_not_wrap(slots: int, kind: str, 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
 def test_whisper_statistics_of_the_loudest_votes_do_not_wrap(backend: str) -> None:
     """The widest row at the cut; 512 uses in a step are the most that the rules of whisper votes allow."""
-    columns = kernels.COLUMNS_MAX
+    columns = vote_units.COLUMNS_MAX
     votes, (sizes, squares) = torch.zeros(1, columns, dtype=torch.int16), empty_sums(1)
     gradient = torch.full((1, columns), -1e30)
     rows = torch.zeros(1, dtype=torch.int64)
     kernels.cast_whispers(gradient, rows, torch.ones(1), votes, sizes, squares, gate=9, backend=backend)
-    loudest = kernels.WHISPER_LIMIT << kernels.WHISPER_BITS
+    loudest = vote_units.WHISPER_LIMIT << vote_units.WHISPER_BITS
     assert sizes.item() == columns * loudest and squares.item() == columns * loudest**2
-    assert kernels.SLOTS_MAX // 2 * squares.item() <= 1 << 62
+    assert vote_units.SLOTS_MAX // 2 * squares.item() <= 1 << 62
     assert bool((votes == 1).all())
 
 
@@ -823,7 +826,7 @@ def test_the_sketch_measures_the_sum(micro_batches: int) -> None:
     found = np.zeros((rounds, 3))
     for round_ in range(rounds):
         votes, (squares, sketch) = torch.zeros(3, columns, dtype=torch.int16), empty_sums(3)
-        keys = kernels.hash_keys(3, round_)
+        keys = vote_units.hash_keys(3, round_)
         for slot in range(micro_batches):
             kernels.cast_votes(
                 *(gradients[slot], torch.arange(3), torch.ones(3), votes, squares, sketch),
@@ -1011,15 +1014,15 @@ def test_apply_by_brute_force(kind: str, table: Manifold, shrink: int, backend: 
 
 def test_the_hash_in_both_backends_is_the_one_written_down() -> None:
     rng = generator(31)
-    hashed = numba.njit(lambda p, a, b: kernels._hash(p, a, b))
+    hashed = numba.njit(lambda p, a, b: ghost_kernels_cpu._hash(p, a, b))
     for position, key0, key1 in [*rng.integers(0, 1 << 32, (200, 3)).tolist(), [0, 0, 0], [2**32 - 1] * 3]:
         expected = hash_in_python(position, key0, key1)
-        assert int(kernels._hash_reference(torch.tensor(position), key0, key1)) == expected
+        assert int(ghost_kernels_torch.hash_of(torch.tensor(position), key0, key1)) == expected
         assert int(hashed(np.uint32(position), np.uint32(key0), np.uint32(key1))) == expected
     # A tensor of more than 2^32 elements: positions wrap, in range.
     rows = torch.tensor([2_796_202, 2_796_203, 1 << 31])
     expected_positions = [[(r * 1536 + j) & 0xFFFFFFFF for j in range(1536)] for r in rows.tolist()]
-    assert kernels._positions(rows, 1536).tolist() == expected_positions
+    assert ghost_kernels_torch.positions(rows, 1536).tolist() == expected_positions
 
 
 def move_many(
@@ -1036,7 +1039,7 @@ def move_many(
     shape = (8, count // 8)
     words = torch.full(shape, (index << table.vote_bits) + (vote if table.vote_bits else 0), dtype=torch.int16)
     votes = None if table.vote_bits else torch.full(shape, vote, dtype=torch.int16)
-    keys = (*kernels.hash_keys(seed, 1), *kernels.hash_keys(seed, 2))
+    keys = (*vote_units.hash_keys(seed, 1), *vote_units.hash_keys(seed, 2))
     strides = torch.full((8,), stride, dtype=torch.int64)
     kernels.apply_votes(words, votes, strides, table, keys=keys, decay=0, carry=1, shrink=shrink, backend=backend)
     return table.levels(words).numpy().ravel()
@@ -1195,7 +1198,7 @@ def test_fading_is_unbiased(decay: int, kind: str) -> None:
     shape = (len(start), 20_000)
     votes = torch.tensor(start, dtype=torch.int8 if kind == "int8" else torch.int16)[:, None].repeat(1, shape[1])
     stride = torch.zeros(len(start), dtype=torch.int64)
-    keys = (*KEYS, *kernels.hash_keys(1, decay))
+    keys = (*KEYS, *vote_units.hash_keys(1, decay))
     if kind == "compact":
         kernels.apply_votes(votes, None, stride, COMPACT, keys=keys, decay=decay, carry=carry)
     else:
@@ -1514,10 +1517,10 @@ def test_the_compiled_moves_hold_no_float_variable() -> None:
     last = (int64[::1], int64, int64)
     tables = (int64[::1], int64[::1], int32[::1])
     rest = (int64, uint32[::1], int64, int64, int64, *last)
-    assert floats_of(kernels._apply_rows.py_func, (int16[:, ::1], int8[:, ::1], *tables, *rest)) == []
-    assert floats_of(kernels._apply_words.py_func, (int16[:, ::1], int64, *tables, *rest)) == []
+    assert floats_of(ghost_kernels_cpu.apply_rows.py_func, (int16[:, ::1], int8[:, ::1], *tables, *rest)) == []
+    assert floats_of(ghost_kernels_cpu.apply_words.py_func, (int16[:, ::1], int64, *tables, *rest)) == []
     flip = (int16[:, ::1], int8[:, ::1], int64[::1], int64[::1], int64, uint32[::1], *(int64,) * 5, *last)
-    assert floats_of(kernels._flip_rows.py_func, flip) == []
+    assert floats_of(ghost_kernels_cpu.flip_rows.py_func, flip) == []
     assert floats_of(lambda a: int(a * 0.5), (int64,)) != []
 
 
@@ -1525,7 +1528,7 @@ def test_the_compiled_moves_hold_no_float_variable() -> None:
 
 
 def hashes(count: int, *parts: int) -> np.ndarray:
-    return kernels._hash_reference(torch.arange(count), *kernels.hash_keys(*parts)).numpy()
+    return ghost_kernels_torch.hash_of(torch.arange(count), *vote_units.hash_keys(*parts)).numpy()
 
 
 def test_low_and_high_bits_are_uniform() -> None:
@@ -1563,14 +1566,14 @@ def test_neighbouring_keys_and_elements_are_uncorrelated() -> None:
 
 
 def test_keys_are_distinct_and_their_parts_ordered() -> None:
-    keys = {kernels.hash_keys(*(int(p) for p in parts)) for parts in np.ndindex(9, 9, 9, 9)}
+    keys = {vote_units.hash_keys(*(int(p) for p in parts)) for parts in np.ndindex(9, 9, 9, 9)}
     assert len(keys) == 9**4
-    assert kernels.hash_keys(1, 2) != kernels.hash_keys(2, 1)
-    assert kernels.hash_keys(0) != kernels.hash_keys(0, 0) != kernels.hash_keys(0, 0, 0)
-    assert kernels.hash_keys(-1) == kernels.hash_keys((1 << 64) - 1)
+    assert vote_units.hash_keys(1, 2) != vote_units.hash_keys(2, 1)
+    assert vote_units.hash_keys(0) != vote_units.hash_keys(0, 0) != vote_units.hash_keys(0, 0, 0)
+    assert vote_units.hash_keys(-1) == vote_units.hash_keys((1 << 64) - 1)
     assert all(0 <= k < 1 << 32 for pair in keys for k in pair)
     # splitmix64 from state 0, as published: first output 0xE220A8397B1DCDAF.
-    assert kernels.hash_keys(0) == (0x7B1DCDAF, 0xE220A839)
+    assert vote_units.hash_keys(0) == (0x7B1DCDAF, 0xE220A839)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -1840,7 +1843,7 @@ def test_kernels_work_in_a_forked_child() -> None:
     scale = torch.ones(130)
     torch.set_num_threads(2)
     expected = kernels.dequantize(indices, scale, MANIFOLD, backend="numba")
-    assert kernels._pool is not None
+    assert ghost_kernels_cpu._pool is not None
     # Nothing of torch's own in the child: OpenMP does not outlive a fork.
     out = garbage((130, 1031), torch.float32)
     wanted = expected.numpy().tobytes()

@@ -21,6 +21,7 @@ from torch import nn
 import ghost_core as core
 import ghost_kernels as kernels
 import manifolds
+import vote_units
 from ghost_core import GhostEmbedding, GhostError, GhostGrid, GhostLinearTandem, ghost_cross_entropy
 from packed_batches import Batch
 from prime_checkpoint import load_checkpoint, walk_tensors
@@ -80,7 +81,7 @@ def numbers_of(grid: GhostGrid) -> dict[str, torch.Tensor]:
 
 def hashes(grid: GhostGrid) -> np.ndarray:
     """The draws of a step's cast, in Python integers."""
-    key0, key1 = kernels.hash_keys(grid.ballot.seed, grid.ballot.step, 0, tensor_id(grid.name))
+    key0, key1 = vote_units.hash_keys(grid.ballot.seed, grid.ballot.step, 0, tensor_id(grid.name))
     found = []
     for position in range(grid.indices.numel()):
         x = (position * 0x9E3779B1 + key0) % 2**32
@@ -97,7 +98,7 @@ def new_votes(grid: GhostGrid, gradient: np.ndarray, use: int) -> np.ndarray:
     rule, ballot = grid.ballot.rule, grid.ballot
     if isinstance(rule, SupermajorityRule):
         yardstick, gate = rule.yardstick(grid)
-        scaled = in_fixed_point(gradient, yardstick, 2.0**kernels.WHISPER_BITS, kernels.WHISPER_LIMIT << 12)
+        scaled = in_fixed_point(gradient, yardstick, 2.0**vote_units.WHISPER_BITS, vote_units.WHISPER_LIMIT << 12)
         return -np.where(np.abs(scaled) > max(gate, 0), np.sign(scaled), 0)
     assert isinstance(rule, MomentumRule)
     units = rule.units(grid)

@@ -16,6 +16,7 @@ import ghost_core as core
 import ghost_kernels as kernels
 import manifolds
 import vote_rules
+import vote_units
 from ghost_core import GhostError, GhostGrid, GhostLinearTandem
 from vote_rules import (
     Ballot,
@@ -506,7 +507,7 @@ def test_every_part_of_the_key_changes_moves_and_fading(rule: VoteRule, part: st
         gap = int(grid.manifold.fixed[level + 1] - grid.manifold.fixed[level]) / 2.0**40 * float(grid.scale[0])
         rate = 0.3 * gap
         if isinstance(rule, MomentumRule):
-            rate *= kernels.UNITS[rule.bits] / 7
+            rate *= vote_units.UNITS[rule.bits] / 7
         grid.apply_votes(rate)
         return grid.manifold.levels(grid.indices), grid.votes.clone()
 
