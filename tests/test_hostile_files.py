@@ -76,8 +76,9 @@ class Trials:
         self.cases.append((f"{name} ({len(self.cases)})", error, words, partial(read, *arguments)))
 
     def failures(self) -> list[str]:
-        """A line on every reader that did something else, that took two seconds of the processor (a tenth where a file
-        only claims to be large), that asked for memory in vain, that said more than a line, or with which the child died."""
+        """A line on every reader that did something else, that took two seconds of the processor (a tenth of one where
+        a file only claims to be large), that asked for memory in vain, that said more than a line, or with which the
+        child died."""
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             try:
