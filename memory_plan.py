@@ -26,6 +26,8 @@ GB = 1_000_000_000
 """Sizes are printed in decimal gigabytes, as models' and cards' makers count them."""
 CUDA_CONTEXT = 450_000_000
 """Allowance for a CUDA context with cuBLAS; not measured here, 0.3 to 0.6 GB by card and driver."""
+CUDA_HELD = 400_000_000
+"""What torch's allocator holds on a card beyond what is in use: 0.22 to 0.40 GB on an H200, 1.5 and 1.7 B weights."""
 ALLOWANCE = 0.10
 """Share of a step's activations and slices that allocators keep beyond what is in use."""
 
@@ -97,6 +99,7 @@ def budget(model: PreTrainedModel, settings: Settings, open_layers: int | None =
     ]
     lines += _step_lines(model, settings, layers, top, count)
     if settings.cuda:
+        lines.append(Line("held by torch, not in use", CUDA_HELD, "an allowance; less where memory is short"))
         lines.append(Line("CUDA context", CUDA_CONTEXT, "an allowance"))
     return lines
 
