@@ -9,7 +9,8 @@ the loss and the marks of gradients that were not finite.
 
 The positions of the answers change with the text, so the head here sees all positions, and those without an answer
 count nothing: more work for the head, no waiting. Where documents begin is a list of fixed length; a row of more
-documents than fit is not recorded.
+documents than fit is not recorded. Passes that are not recorded (the first with its layers, after a resume, where
+memory is short) compute the same products in the same shapes, so a run's bits do not depend on what was recorded.
 
 Where a watch listens, the first and the last micro-batch of a step also look at their votes and are recordings of their
 own; all share one memory. A recording is of one set of open layers, one shape and one number of micro-batches:
@@ -45,45 +46,77 @@ class Outcome(NamedTuple):
     marked: list[int]
 
 
+class Arranged(NamedTuple):
+    """A micro-batch in shapes that do not depend on what it says.
+
+    Attributes:
+        rows: int64 ``(3, batch, tokens)``: tokens; what each position is to say, -100 where nothing; positions.
+        edges: int32 ``(room + 1,)``, see ``packed_attention.Starts``.
+    """
+
+    rows: torch.Tensor
+    edges: torch.Tensor
+
+
+def room_for_documents(batch: Batch) -> int:
+    """How many documents a micro-batch of this size may have to be arranged."""
+    return max(1, batch.input_ids.numel() // TOKENS_OF_A_DOCUMENT)
+
+
+def arranged(batch: Batch) -> Arranged | None:
+    """A batch on the CPU, arranged; None where it has more documents than there is room for."""
+    room = room_for_documents(batch)
+    edges = starts_of(document_lengths(batch.position_ids), room)
+    if len(edges) > room + 1:
+        return None
+    # Labels are moved up to the position that is to say them; the last one says nothing.
+    targets = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=-100)
+    return Arranged(torch.stack([batch.input_ids, targets, batch.position_ids]), torch.tensor(edges, dtype=torch.int32))
+
+
+def arranged_loss(model: PreTrainedModel, micro_batch: Arranged) -> torch.Tensor:
+    """``answer_loss`` of an arranged micro-batch on the model's device, without a question to it: the head sees all
+    positions, and those without an answer count nothing. The same bits whether it is recorded or not."""
+    ids, targets, positions = micro_batch.rows
+    hidden = model.model(
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        attention_mask={"full_attention": None},
+        documents=Starts(micro_batch.edges, ids.shape[1]),
+    )
+    head = cast(GhostLinearTandem, model.get_output_embeddings())
+    return ghost_cross_entropy(hidden.last_hidden_state.flatten(0, 1), targets.flatten(), head.grid)
+
+
 class _Memory:
     """What lies where a recording expects it: inputs, what must be remembered, and what is left."""
 
-    def __init__(self, batch: Batch, grids: Sequence[GhostGrid], voting: Sequence[GhostGrid]) -> None:
+    def __init__(self, example: Arranged, grids: Sequence[GhostGrid], voting: Sequence[GhostGrid]) -> None:
         device = grids[0].indices.device
-        self.shape = tuple(batch.input_ids.shape)
-        self.capacity = batch.input_ids.numel() // TOKENS_OF_A_DOCUMENT
+        self.shape = example.rows.shape[1:]
         uses = max(grid.uses for grid in grids)
-        ids = torch.zeros(3, *self.shape, dtype=torch.int64)
         controls = torch.zeros(len(grids), uses, 4, dtype=torch.int32)
-        edges = torch.zeros(self.capacity + 1, dtype=torch.int32)
-        self.host = tuple(t.pin_memory() for t in (ids, controls, edges))
-        self.ids, self.controls, self.edges = (t.to(device) for t in (ids, controls, edges))
+        self.host = tuple(torch.empty_like(t).pin_memory() for t in (*example, controls))
+        rows, edges, self.controls = (t.to(device) for t in (*example, controls))
+        self.micro_batch = Arranged(rows, edges)
         self.weight = torch.zeros((), device=device)
         # The loss, then the marks: of norms and biases, and of every grid.
         self.left = torch.zeros(2 + len(grids), dtype=torch.float64, device=device)
         self.voting = list(voting)
         self.yardsticks = [_rule(grid).yardstick(grid)[0].clone() for grid in voting]
 
-    def documents(self, batch: Batch) -> list[int] | None:
-        """Where a batch's documents begin, None where there are too many."""
-        edges = starts_of(document_lengths(batch.position_ids), self.capacity)
-        return edges if len(edges) == self.capacity + 1 else None
-
-    def write(self, batch: Batch, edges: list[int], k: int, weight: float, sign: int) -> None:
+    def write(self, micro_batch: Arranged, k: int, weight: float, sign: int) -> None:
         """Put a micro-batch where the recording reads it."""
-        ids, controls, starts = self.host
-        # Labels are moved up to the position that is to say them; the last one says nothing.
-        ids[0].copy_(batch.input_ids)
-        ids[1, :, :-1].copy_(batch.labels[:, 1:])
-        ids[1, :, -1].fill_(-100)
-        ids[2].copy_(batch.position_ids)
+        rows, edges, controls = self.host
+        rows.copy_(micro_batch.rows)
+        edges.copy_(micro_batch.edges)
         table = controls.numpy().view("uint32")
         for grid in self.voting:
             units = _rule(grid).units(grid)
             for use in range(grid.uses):
                 table[grid.number, use] = (*cast_keys(grid), units.offset(k * grid.uses + use), sign & 0xFFFFFFFF)
-        starts.copy_(torch.tensor(edges))
-        for here, there in zip(self.host, (self.ids, self.controls, self.edges), strict=True):
+        for here, there in zip(self.host, (*self.micro_batch, self.controls), strict=True):
             there.copy_(here, non_blocking=True)
         self.weight.fill_(weight)
 
@@ -147,27 +180,16 @@ class MicroBatchGraph:
         return [grid for grid in self.grids if grid.unlocked and not grid.waiting]
 
     def fits(self, batch: Batch) -> bool:
-        """Whether a micro-batch has the shape of what is recorded, if anything is, and few enough documents."""
-        most = batch.input_ids.numel() // TOKENS_OF_A_DOCUMENT
+        """Whether a micro-batch has the shape of what is recorded, if anything is, and can be arranged."""
         documents = sum(map(len, document_lengths(batch.position_ids)))
-        return documents <= most and (self._memory is None or tuple(batch.input_ids.shape) == self._memory.shape)
+        same = self._memory is None or batch.input_ids.shape == self._memory.shape
+        return same and documents <= room_for_documents(batch)
 
     def _passes(self, memory: _Memory) -> None:
         """Forward and backward pass from the inputs to what is left."""
-        ids, targets, positions = memory.ids
         torch._foreach_copy_(self._saved, self._gradients)
-        documents = Starts(memory.edges, ids.shape[1])
         with torch.autocast("cuda", torch.bfloat16, enabled=self.compute == "bfloat16", cache_enabled=False):
-            hidden = self.model.model(
-                input_ids=ids,
-                position_ids=positions,
-                use_cache=False,
-                attention_mask={"full_attention": None},
-                documents=documents,
-            )
-            flat = hidden.last_hidden_state.flatten(0, 1)
-            head = cast(GhostLinearTandem, self.model.get_output_embeddings())
-            loss = ghost_cross_entropy(flat, targets.flatten(), head.grid)
+            loss = arranged_loss(self.model, memory.micro_batch)
         (loss * memory.weight).backward()
         marks = cast(torch.Tensor, self.ballot.marks)
         memory.left[0].copy_(loss.detach())
@@ -177,8 +199,8 @@ class MicroBatchGraph:
         memory.left[2:].copy_(marks)
         marks.zero_()
 
-    def _prepare(self, batch: Batch) -> _Memory:
-        memory = _Memory(batch, self.grids, self._voters())
+    def _prepare(self, example: Arranged) -> _Memory:
+        memory = _Memory(example, self.grids, self._voters())
         for parameter in self.floats.values():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -223,7 +245,9 @@ class MicroBatchGraph:
         """
         if self._memory is not None and self._step != self.ballot.step and self._voters() != self._memory.voting:
             self.forget()
-        memory = self._memory or self._prepare(batch)
+        micro_batch = arranged(batch)
+        assert micro_batch is not None, "fits() refuses a batch of more documents"
+        memory = self._memory or self._prepare(micro_batch)
         kind = self._kind() if sign > 0 else "plain"
         if kind not in self._graphs:
             listening, self.ballot.listening = self.ballot.listening, self.ballot.listening and kind != "plain"
@@ -232,9 +256,7 @@ class MicroBatchGraph:
             finally:
                 self.ballot.listening = listening
         self._memory = memory
-        edges = memory.documents(batch)
-        assert edges is not None, "fits() refuses a batch of more documents"
-        memory.write(batch, edges, k, weight, sign)
+        memory.write(micro_batch, k, weight, sign)
         if self._step != self.ballot.step:
             memory.write_yardsticks()
             self._step = self.ballot.step

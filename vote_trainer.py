@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 import ghost_kernels as kernels
 from ghost_core import Movement, apply_votes, grids_of, name_grids
-from micro_batch_graph import MicroBatchGraph
+from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss
 from night_shift import (
     AntigravitySentinel,
     LayerGroup,
@@ -241,6 +241,7 @@ class VoteTrainer:
                     grid.keeps = True
         self._warm = False
         self._graph = self._new_graph()
+        self._arranges = self._graph is not None
         if watch is None:
             self.supervisor.apply(0)
         model.train()
@@ -389,7 +390,11 @@ class VoteTrainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = torch.device(self.recipe.device)
+        micro_batch = arranged(batch) if self._arranges else None
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.compute == "bfloat16"):
+            if micro_batch is not None:
+                # As it would be recorded: when that begins or ends must not change a bit.
+                return arranged_loss(self.model, Arranged(*(t.to(device) for t in micro_batch)))
             loss, _ = answer_loss(
                 self.model, batch.input_ids.to(device), batch.labels.to(device), batch.position_ids.to(device)
             )
