@@ -567,10 +567,12 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
         "lr": trainer.recipe.lr,
         "started_from": source,
         "created_by": created_by("qwen_prime_train.py"),
+        "backend": trainer.backend,
         "memory_total_bytes": memory_total(config.device),
         "layer_weights": {g.name: sum(grid.indices.numel() for grid in g.grids.values()) for g in trainer.groups},
         "phases": config.watch().peel.phases(config.steps, len(trainer.supervisor.layers)),
     }
+    log.info("kernels: %s on %s, products in %s", trainer.backend, config.device, config.compute)
     session.run.config(settings)
     session.run.event("start", step=trainer.done, checkpoint=source, process=this_process())
     del checkpoint

@@ -283,6 +283,13 @@ class VoteTrainer:
         )
 
     @property
+    def backend(self) -> str:
+        """Which kernels serve the run, and whether its micro-batches are recorded, in words."""
+        device = next(iter(self.grids.values())).indices.device
+        name = kernels.backend_for(device, self.ballot.backend)
+        return f"{name}, micro-batches recorded" if self._graph is not None else name
+
+    @property
     def shape(self) -> Shape:
         """Size of the present step."""
         if self.watch is not None:
