@@ -82,6 +82,23 @@ def compile_source(source: str, architecture: str, major: str) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def architecture_for(generation: int, revision: int, major: str) -> str:
+    """The newest architecture that the compiler of a CUDA version knows and that a card of a compute capability runs:
+    machine code runs on its own generation from its revision up."""
+    nvrtc = _nvrtc(major)
+    count = ctypes.c_int()
+    _ask(nvrtc, nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    known = (ctypes.c_int * count.value)()
+    _ask(nvrtc, nvrtc.nvrtcGetSupportedArchs(known))
+    fitting = [a for a in known if a // 10 == generation and a % 10 <= revision]
+    if not fitting:
+        raise CudaCompilerError(
+            f"the card has compute capability {generation}.{revision}, NVRTC of CUDA {major} knows "
+            f"{', '.join(f'{a // 10}.{a % 10}' for a in known)}: install a torch for the card"
+        )
+    return f"sm_{max(fitting)}"
+
+
 def _ask(nvrtc: ctypes.CDLL, result: int) -> None:
     if result != 0:
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
@@ -113,8 +130,8 @@ class Module:
         self._index = torch.cuda.current_device() if device.index is None else device.index
         properties = torch.cuda.get_device_properties(device)
         self.processors: int = properties.multi_processor_count
-        architecture = f"sm_{properties.major}{properties.minor}"
-        binary = compile_source(source, architecture, torch.version.cuda.split(".")[0])
+        cuda = torch.version.cuda.split(".")[0]
+        binary = compile_source(source, architecture_for(properties.major, properties.minor, cuda), cuda)
         self._module = ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
         with torch.cuda.device(device):

@@ -23,7 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -357,6 +357,24 @@ class GhostGrid(nn.Module):
         for kept in self._looked_at.values() if first else ():
             kept.step = self.ballot.step
 
+    def looked_at(self, step: int) -> bool:
+        """Whether the first micro-batch of a step has left what its last one is compared with."""
+        return bool(self._looked_at) and all(kept.step == step for kept in self._looked_at.values())
+
+    def ready_to_be_recorded(self, tokens: int) -> None:
+        """Make every tensor that all passes share now: made while something is recorded, it would lie in memory that
+        another recording writes over.
+
+        Args:
+            tokens: of a micro-batch: as many rows as an embedding's gradient then has.
+        """
+        device = self.indices.device
+        _shuffled(self.shape[1], device)
+        _spread(tokens, device)
+        for rows in self.slices():
+            _spread(rows.stop - rows.start, device)
+            _row_range(rows.start, rows.stop, device)
+
     @property
     def heard(self) -> bool:
         """Whether a gradient came by since :meth:`begin_step`: any in a later micro-batch, one that is not all zeros in
@@ -485,13 +503,14 @@ class GhostGrid(nn.Module):
 _USE_LINEAR, _USE_EMBEDDING = 0, 1
 
 
-@lru_cache(maxsize=256)
+# None of the three ever forgets: what is recorded on a card goes on reading these tensors.
+@cache
 def _spread(count: int, device: torch.device) -> torch.Tensor:
     """A few evenly spaced row numbers, int64; shared, not to be written to."""
     return torch.linspace(0, count - 1, min(count, _LISTEN_ROWS), device=device).long()
 
 
-@lru_cache(maxsize=16)
+@cache
 def _shuffled(count: int, device: torch.device) -> torch.Tensor:
     """A permutation, int64 ``(count,)``, the same everywhere; shared, not to be written to. The golden section spreads
     neighbours, and no generator has a state."""
@@ -499,7 +518,7 @@ def _shuffled(count: int, device: torch.device) -> torch.Tensor:
     return (columns * 0.6180339887498949 % 1).argsort()
 
 
-@lru_cache(maxsize=256)
+@cache
 def _row_range(start: int, stop: int, device: torch.device) -> torch.Tensor:
     """Row numbers, int64; shared, not to be written to."""
     return torch.arange(start, stop, device=device)

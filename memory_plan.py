@@ -139,7 +139,8 @@ def _step_lines(
     layer_peak = layer + widest * (dense + gradient if graph else dense)
     if settings.cuda and settings.gradient_checkpointing and graph:
         # A card keeps a layer's dense weights from its second forward pass to its backward pass.
-        layer_peak += width * max(map(_weights, layers), default=0)
+        kept_weights = ([g.indices.numel() for g in group.grids.values()] for group in layers)
+        layer_peak += width * max((sum(n for n in sizes if n <= SLICE_ELEMENTS) for sizes in kept_weights), default=0)
     if not settings.gradient_checkpointing:
         layer_peak += layer * max(0, graph - 1)
     head = max(top.grids.values(), key=lambda g: g.indices.numel())

@@ -22,7 +22,7 @@ Rejected: recording the steps' ends as well (once in 32 micro-batches, and full 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -69,6 +69,9 @@ def arranged(batch: Batch) -> Arranged | None:
     edges = starts_of(document_lengths(batch.position_ids), room)
     if len(edges) > room + 1:
         return None
+    if (lowest := int(batch.input_ids.min())) < 0:
+        # On the card nobody would ask.
+        raise IndexError(f"token id {lowest} is negative, expected at least 0")
     # Labels are moved up to the position that is to say them; the last one says nothing.
     targets = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=-100)
     return Arranged(torch.stack([batch.input_ids, targets, batch.position_ids]), torch.tensor(edges, dtype=torch.int32))
@@ -122,7 +125,13 @@ class _Memory:
 
     def write_yardsticks(self) -> None:
         """Put the step's yardsticks where the recording reads them."""
-        torch._foreach_copy_(self.yardsticks, [_rule(grid).yardstick(grid)[0] for grid in self.voting])
+        _copy(self.yardsticks, [_rule(grid).yardstick(grid)[0] for grid in self.voting])
+
+
+def _copy(there: list[torch.Tensor], here: list[torch.Tensor]) -> None:
+    # torch's own refuses lists of nothing.
+    if there:
+        torch._foreach_copy_(there, here)
 
 
 def _rule(grid: GhostGrid) -> MomentumRule:
@@ -157,8 +166,14 @@ class MicroBatchGraph:
 
     @staticmethod
     def serves(model: PreTrainedModel, ballot: Ballot, device: torch.device) -> bool:
-        """Whether micro-batches of this model, rule and device can be recorded."""
-        return device.type == "cuda" and ballot.marks is not None and ballot.rule.recordable and serves(model)
+        """Whether micro-batches of this model, rule and device can be recorded: nothing in them asks the card, and
+        nothing draws but votes."""
+        config: Any = model.config
+        rotation = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        asks = rotation.get("rope_type", "default") in ("dynamic", "longrope")
+        draws = getattr(config, "attention_dropout", 0.0) > 0
+        able = ballot.marks is not None and ballot.rule.recordable and serves(model)
+        return device.type == "cuda" and able and not asks and not draws
 
     @staticmethod
     def pays(device: torch.device) -> bool:
@@ -180,14 +195,17 @@ class MicroBatchGraph:
         return [grid for grid in self.grids if grid.unlocked and not grid.waiting]
 
     def fits(self, batch: Batch) -> bool:
-        """Whether a micro-batch has the shape of what is recorded, if anything is, and can be arranged."""
+        """Whether a micro-batch has the shape of what is recorded, if anything is, and can be arranged, and somebody
+        votes."""
+        if not any(grid.unlocked and not grid.waiting for grid in self.grids):
+            return False
         documents = sum(map(len, document_lengths(batch.position_ids)))
         same = self._memory is None or batch.input_ids.shape == self._memory.shape
         return same and documents <= room_for_documents(batch)
 
     def _passes(self, memory: _Memory) -> None:
         """Forward and backward pass from the inputs to what is left."""
-        torch._foreach_copy_(self._saved, self._gradients)
+        _copy(self._saved, self._gradients)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.compute == "bfloat16", cache_enabled=False):
             loss = arranged_loss(self.model, memory.micro_batch)
         (loss * memory.weight).backward()
@@ -201,6 +219,8 @@ class MicroBatchGraph:
 
     def _prepare(self, example: Arranged) -> _Memory:
         memory = _Memory(example, self.grids, self._voters())
+        for grid in memory.voting:
+            grid.ready_to_be_recorded(example.rows[0].numel())
         for parameter in self.floats.values():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -214,6 +234,9 @@ class MicroBatchGraph:
         first, last = self.ballot.micro_batch == 0, self.ballot.micro_batch == self.ballot.micro_batches - 1
         if not self.ballot.listening:
             return "plain"
+        if last and not all(grid.looked_at(self.ballot.step - first) for grid in self._voters()):
+            # The step's first micro-batch was no number: there is nothing to compare with.
+            return "first" if first else "plain"
         return "first and last" if first and last else "first" if first else "last" if last else "plain"
 
     def _record(self, memory: _Memory) -> torch.cuda.CUDAGraph:
@@ -270,7 +293,7 @@ class MicroBatchGraph:
         """Take back everything that the last replay has left, by replaying it with the other sign."""
         before = [saved.clone() for saved in self._saved]
         self.run(batch, k, weight, sign=-1)
-        torch._foreach_copy_(self._gradients, before)
+        _copy(self._gradients, before)
 
     def clear_gradients(self) -> None:
         """Begin the gradients of norms and biases anew, where they are."""

@@ -151,7 +151,8 @@ def _document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: dict[
 
 def flash_serves(query: torch.Tensor) -> bool:
     """Whether the call for rows of many lengths takes these numbers on their card."""
-    able = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    size = query.shape[-1]
+    able = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size <= 256 and size % 8 == 0
     return able and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 

@@ -15,11 +15,12 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -73,6 +74,7 @@ from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, 
 from whole_output import write_whole
 
 log = logging.getLogger("train")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +245,7 @@ class Session:
             return None
         rows = evaluation_batches(self.held, self.config.seq_len, self.config.batch_size, self.trainer.batches.pad_id)
         with self._unless_memory_runs_out("evaluation"):
-            loss = mean_answer_loss(self.trainer.model, rows)[0]
+            loss = self._with_more_memory(lambda: mean_answer_loss(self.trainer.model, rows)[0])
             self.watch.guard.evaluated(loss)
             return loss
         return None
@@ -261,6 +263,15 @@ class Session:
         finally:
             self.trainer.model.train()
 
+    def _with_more_memory(self, look: Callable[[], T]) -> T:
+        """What ``look`` returns; where memory runs out, once more without what the trainer holds to be faster."""
+        try:
+            return look()
+        except Exception as error:
+            if not is_out_of_memory(error) or not self.trainer.release():
+                raise
+        return look()
+
     def sample(self) -> None:
         """Continue a few held-out prompts (of the training data where nothing is held out) into ``samples.jsonl``."""
         documents = self.held or self.trainer.batches.encoded
@@ -274,7 +285,10 @@ class Session:
             stop = next((i for i in range(begin, len(ids)) if not answer[i]), len(ids))
             text = None
             with self._unless_memory_runs_out("sample"):
-                (text,) = continue_texts(self.trainer.model, self.tokenizer, [ids[:begin]], self.config.sample_tokens)
+                prompt, tokens = [ids[:begin]], self.config.sample_tokens
+                (text,) = self._with_more_memory(
+                    partial(continue_texts, self.trainer.model, self.tokenizer, prompt, tokens)
+                )
             if text is None:
                 return
             self.run.sample(

@@ -91,7 +91,7 @@ class Recipe:
     """Recompute activations in the backward pass: less memory, more time, the same votes."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record micro-batches and replay them: auto does so on cards of compute capability 8.0 and up, where Python would
-    be slower than the card. The same votes for rows of one document; else equal to rounding."""
+    be slower than the card. Off computes the head at the answers alone: votes equal to rounding, not to the bit."""
     seed: int = 0
     """Decides the order of the data and every random draw of the votes."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,7 +236,7 @@ class VoteTrainer:
             # The backward pass reaches the top layer next: it would compute again what has just been there. Head and
             # layers have their peaks of memory at different times.
             model.model.layers[-1].gradient_checkpointing = False
-            for layer in model.model.layers:
+            for layer in model.model.layers[:-1]:
                 for grid in grids_of(layer).values():
                     grid.keeps = True
         self._warm = False
@@ -253,7 +253,14 @@ class VoteTrainer:
         if kernels.backend_for(device, self.ballot.backend) != "cuda":
             return None
         self.ballot.marks = torch.zeros(len(self.grids), dtype=torch.int32, device=device)
-        if self.recipe.cuda_graphs == "off" or not MicroBatchGraph.serves(self.model, self.ballot, device):
+        if self.recipe.cuda_graphs == "off":
+            return None
+        if not MicroBatchGraph.serves(self.model, self.ballot, device):
+            if self.recipe.cuda_graphs == "on":
+                raise TrainError(
+                    f"cuda-graphs is on, but micro-batches of this model with rule {self.ballot.rule.name} cannot be "
+                    "recorded: leave --cuda-graphs at auto"
+                )
             return None
         if self.recipe.cuda_graphs == "auto" and not MicroBatchGraph.pays(device):
             return None
@@ -453,6 +460,10 @@ class VoteTrainer:
         if nats is not None and self._finite_gradients():
             self._warm = True
             return nats
+        held = nats is None and self._graph is not None and self._graph.recorded
+        if held:
+            # Before anything else: taking back needs the memory that a recording holds.
+            self._give_up_graph()
         self._take_back(batch, k, weight)
         for name, parameter in self.floats.items():
             old = before[name]
@@ -461,8 +472,7 @@ class VoteTrainer:
                 parameter.grad.copy_(old)
             else:
                 parameter.grad = old
-        if nats is None and self._graph is not None and self._graph.recorded:
-            self._give_up_graph()
+        if held:
             return self._cast(batch, k, weight)
         return "memory" if nats is None else None
 
@@ -488,8 +498,23 @@ class VoteTrainer:
         if math.isfinite(outcome.nats) and not outcome.marked:
             return True, outcome.nats
         self.ballot.non_finite[:] = [self._names[number] for number in outcome.marked if number >= 0]
-        self._graph.undo(batch, k, weight)
+        try:
+            self._graph.undo(batch, k, weight)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise VotesLost(
+                f"step {self.done}: memory ran out while votes of micro-batch {k} were taken back"
+            ) from error
         return True, None
+
+    def release(self) -> bool:
+        """Give back memory that is only held to be faster, for somebody between two steps; whether there was any."""
+        if self._graph is None or not self._graph.recorded:
+            return False
+        self._forget_graph()
+        self._free()
+        return True
 
     def _give_up_graph(self) -> None:
         """A recording holds memory between its replays, of which there is not enough."""

@@ -41,6 +41,19 @@ def test_the_kernels_compile_for_every_card_from_pascal_on(architecture: str) ->
         cuda_compiler.compile_source("__global__ void f() { g(); }", architecture, "12")
 
 
+def test_a_card_gets_the_newest_code_that_it_runs() -> None:
+    try:
+        cuda_compiler._nvrtc("12")
+    except cuda_compiler.CudaCompilerError:
+        pytest.skip("no NVRTC of CUDA 12")
+    found = {card: cuda_compiler.architecture_for(*card, "12") for card in ((6, 1), (7, 5), (8, 9), (9, 0))}
+    assert found == {(6, 1): "sm_61", (7, 5): "sm_75", (8, 9): "sm_89", (9, 0): "sm_90"}
+    # A revision that the compiler does not know yet.
+    assert cuda_compiler.architecture_for(9, 9, "12") == "sm_90"
+    with pytest.raises(cuda_compiler.CudaCompilerError, match=r"capability 3\.0.*5\.0.*9\.0"):
+        cuda_compiler.architecture_for(3, 0, "12")
+
+
 def both(tensors: dict[str, Any]) -> list[dict[str, Any]]:
     """Copies on the CPU and on the card."""
 
