@@ -351,7 +351,8 @@ class GhostGrid(nn.Module):
         kept.rows, kept.places, kept.step = rows, places, self.ballot.step
 
     def replayed(self, first: bool) -> None:
-        """A recorded pass of the present micro-batch has done to this grid what :meth:`accept` does."""
+        """A recorded pass of the present micro-batch has done to this grid what :meth:`accept` does; ``first`` where it
+        also looked at the first micro-batch of a step."""
         self.hearing.changed()
         self._later |= not first
         for kept in self._looked_at.values() if first else ():

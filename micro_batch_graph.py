@@ -285,7 +285,7 @@ class MicroBatchGraph:
             self._step = self.ballot.step
         self._graphs[kind].replay()
         for grid in memory.voting if sign > 0 else ():
-            grid.replayed(first=self.ballot.micro_batch == 0)
+            grid.replayed(first=kind.startswith("first"))
         nats, *marks = memory.left.tolist()
         return Outcome(nats, [number - 1 for number, mark in enumerate(marks) if mark])
 

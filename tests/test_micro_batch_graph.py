@@ -1,20 +1,24 @@
-"""Arranged micro-batches: the loss and the votes of any other; what recordings do with them only a card can show."""
+"""Arranged micro-batches have the loss and votes of any other; recordings, played by hand where there is no card."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+import ghost_kernels
 import manifolds
-import micro_batch_graph
-from bench_models import ghost_model
+from bench_models import Endless, ghost_model
 from ghost_core import grids_of, name_grids
-from micro_batch_graph import Arranged, arranged, arranged_loss, room_for_documents
+from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss, room_for_documents
+from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import Batch
 from qwen_prime_wrapper import answer_loss
 from vote_rules import Ballot, MomentumRule
+from vote_trainer import NightWatch, Recipe, VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 96
@@ -85,4 +89,175 @@ def test_a_micro_batch_of_a_few_tokens_has_room_for_one_document() -> None:
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
     model, ballot = ghost_model("toy", manifolds.build()), Ballot()
-    assert not micro_batch_graph.MicroBatchGraph.serves(model, ballot, torch.device("cpu"))
+    assert not MicroBatchGraph.serves(model, ballot, torch.device("cpu"))
+
+
+# -- recordings, played by hand ---------------------------------------------------------------------------------------
+
+
+class PlayedByHand(MicroBatchGraph):
+    """On the CPU: a recording that is computed again each time, from the memory that a card's would read. The kernels
+    are the card's, compiled for the CPU; what Python notes down on the way is taken back, as a card would not do it."""
+
+    def _record(self, memory: Any) -> Any:
+        listening, kind = self.ballot.listening, (self.ballot.micro_batch, self.ballot.micro_batches)
+
+        def replay() -> None:
+            ballot = self.ballot
+            before = (ballot.listening, ballot.micro_batch, ballot.standing, [g._later for g in self.grids])
+            ballot.listening, ballot.micro_batch = listening, kind[0]
+            ballot.controls, ballot.standing = memory.controls, set()
+            steps = {g.number: {p: k.step for p, k in g._looked_at.items()} for g in self.grids}
+            for grid, yardstick in zip(memory.voting, memory.yardsticks, strict=True):
+                assert grid.state is not None
+                key, (_, gains) = grid.state.cached or (None, (None, ballot.rule.yardstick(grid)[1]))
+                grid.state.cached = (key or grid.state.cached[0], (yardstick, gains))
+            # Keys, slot and sign of a step that is no other's: a kernel that does not read the controls would use them.
+            step, ballot.step = ballot.step, 10**6
+            for grid in self.grids:
+                for kept in grid._looked_at.values():
+                    kept.step = ballot.step - (kind == (0, 1))
+            try:
+                self._passes(memory)
+            finally:
+                ballot.controls, ballot.step = None, step
+                ballot.listening, ballot.micro_batch, ballot.standing, later = before
+                for grid, was in zip(self.grids, later, strict=True):
+                    grid._later = was
+                    for part, kept in grid._looked_at.items():
+                        kept.step = steps[grid.number].get(part, kept.step)
+
+        return SimpleNamespace(replay=replay, pool=lambda: None)
+
+
+class Texts(Endless):
+    """Rows of two documents every second time, with prompts that are no answers; goes on where it was."""
+
+    count = 0
+
+    def __next__(self) -> Batch:
+        self.count += 1
+        return batch_of([96] if self.count % 2 else [30, 66], seed=self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def trainer_of(played: bool, rule: str, count: int, watched: bool) -> VoteTrainer:
+    table = manifolds.build("compact" if rule == "compact" else "prime-harmonic")
+    recipe = Recipe(steps=50, grad_accum=count, lr=1e-3, vote_rule=cast(Any, rule), compute="float32", warmup=0)
+    watch = NightWatch(
+        LayerPeel(),
+        AntigravitySentinel(),
+        TrainingGovernor.for_rule(rule),
+        MemoryContingency(Shape(TOKENS, 1, count)),
+    )
+    model = ghost_model("toy", table)
+    trainer = VoteTrainer(model, cast(Any, Texts(4096, TOKENS)), recipe, watch if watched else None)
+    trainer.ballot.backend = "cuda"
+    trainer.ballot.marks = torch.zeros(len(trainer.grids), dtype=torch.int32)
+    trainer._arranges = True
+    if played:
+        settings: Any = ("float32", None)
+        trainer._graph = PlayedByHand(model, trainer.ballot, trainer.grids, trainer.floats, *settings)
+    return trainer
+
+
+def state_of(trainer: VoteTrainer) -> dict[str, torch.Tensor]:
+    state = {f"{n}.indices": g.indices for n, g in trainer.grids.items()}
+    for name, grid in trainer.grids.items():
+        state |= {f"{name}.{k}": v for k, v in grid.vote_state().items()}
+    return {k: v.detach().clone() for k, v in {**state, **trainer.floats}.items()}
+
+
+@pytest.fixture
+def without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "cuda" not in ghost_kernels.BACKENDS:
+        pytest.skip("no C++ compiler for the card's kernels")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(("rule", "count"), [("momentum", 1), ("momentum", 2), ("momentum", 4), ("compact", 3)])
+def test_a_run_with_recordings_is_bit_for_bit_one_without(
+    rule: str, count: int, watched: bool, without_a_card: None
+) -> None:
+    recorded, ordinary = (trainer_of(played, rule, count, watched) for played in (True, False))
+    for _ in range(4):
+        a, b = recorded.step(), ordinary.step()
+        assert a.loss == b.loss and a.agreement == b.agreement and a.seconded == b.seconded
+        assert a.flips == b.flips and a.verdict == b.verdict
+        for name, grid in recorded.grids.items():
+            assert grid.heard and torch.equal(grid.hearing.sums, ordinary.grids[name].hearing.sums)
+    assert recorded._graph is not None and recorded._graph.recorded
+    x, y = state_of(recorded), state_of(ordinary)
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_is_not_finite_is_taken_back(k: int, watched: bool, without_a_card: None) -> None:
+    trainer = trainer_of(True, "momentum", 4, watched)
+    for _ in range(2):
+        trainer.step()
+    batch = next(trainer.batches)
+    trainer.ballot.open("cast", trainer.done, 0, 4)
+    before, gradients = state_of(trainer), {n: cast(Any, p.grad).clone() for n, p in trainer.floats.items()}
+    grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
+    scale = grid.scale.clone()
+    grid.scale[3] = math.nan
+    assert trainer._cast(batch, k, 1.0) is None
+    grid.scale.copy_(scale)
+    after = state_of(trainer)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert all(torch.equal(gradients[n], cast(Any, p.grad)) for n, p in trainer.floats.items())
+    assert math.isfinite(cast(float, trainer._cast(batch, k, 1.0)))
+    assert not torch.equal(state_of(trainer)["model.embed_tokens.grid.votes"], before["model.embed_tokens.grid.votes"])
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_a_first_micro_batch_that_is_not_finite_leaves_nothing_to_compare_with(without_a_card: None) -> None:
+    trainer = trainer_of(True, "momentum", 3, True)
+    trainer.step()
+    grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
+    scale, cast_ = grid.scale.clone(), trainer._cast
+
+    def first_breaks(batch: Batch, k: int, weight: float) -> Any:
+        if k == 0:
+            grid.scale[0] = math.nan
+        try:
+            return cast_(batch, k, weight)
+        finally:
+            grid.scale.copy_(scale)
+
+    trainer._cast = first_breaks  # type: ignore[method-assign]
+    assert trainer.step().skipped == 1
+    trainer._cast = cast_  # type: ignore[method-assign]
+    result = trainer.step()
+    assert result.skipped == 0 and result.seconded is not None and math.isfinite(result.seconded)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_where_memory_runs_out_while_recording_the_run_goes_on_to_the_same_bits(
+    without_a_card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, ordinary = trainer_of(True, "momentum", 3, True), trainer_of(False, "momentum", 3, True)
+
+    def out_of_memory(self: PlayedByHand, memory: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(PlayedByHand, "_record", out_of_memory)
+    events = []
+    for _ in range(3):
+        a, b = short.step(), ordinary.step()
+        events += a.events
+        assert a.loss == b.loss
+    assert ("cuda_graphs", {"state": "off", "reason": "out of memory"}) in events and short._graph is None
+    x, y = state_of(short), state_of(ordinary)
+    assert all(torch.equal(x[k], y[k]) for k in x)
