@@ -36,8 +36,9 @@ from prime_device import make_deterministic
 from prime_quality import add_adapters
 from qwen_prime_wrapper import answer_loss, parse_config
 from token_shards import Manifest, ShardBlocks
+from training_recipe import Recipe
 from vote_rules import rule_named
-from vote_trainer import NightWatch, Recipe, VoteTrainer
+from vote_trainer import NightWatch, VoteTrainer
 
 DEVICE = torch.device("cuda")
 CONTEXT = 500_000_000

@@ -40,8 +40,9 @@ from bench_tools import (
 from night_shift import LayerPeel, layer_groups
 from prime_device import return_freed_memory
 from qwen_prime_wrapper import build_model, count_parameters
+from training_recipe import Recipe
 from vote_rules import rule_named
-from vote_trainer import Recipe, VoteTrainer
+from vote_trainer import VoteTrainer
 
 CARD = 24_000_000_000
 FIGURES = ("processor_seconds", "peak_mb")

@@ -17,8 +17,9 @@ from bench_tools import BenchError, in_own_process, machine, print_table, reside
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from prime_device import memory_peak, return_freed_memory
 from qwen_prime_wrapper import count_parameters
+from training_recipe import Recipe
 from vote_rules import rule_named
-from vote_trainer import NightWatch, Recipe, VoteTrainer
+from vote_trainer import NightWatch, VoteTrainer
 
 
 @dataclass(frozen=True)

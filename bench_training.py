@@ -51,8 +51,9 @@ from prime_device import has_native_bfloat16, return_freed_memory
 from prime_quality import add_adapters
 from qwen_prime_wrapper import answer_loss, count_parameters
 from step_profile import profile_step
+from training_recipe import Recipe
 from vote_rules import rule_named
-from vote_trainer import Recipe, VoteTrainer
+from vote_trainer import VoteTrainer
 
 BASELINE = "adamw"
 STEP = 32

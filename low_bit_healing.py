@@ -23,7 +23,8 @@ import low_bit
 from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of
 from low_bit import LowBitGrid
 from packed_batches import PackedBatches
-from vote_trainer import Recipe, VoteTrainer
+from training_recipe import Recipe
+from vote_trainer import VoteTrainer
 
 
 class PackedGrid(GhostGrid):

@@ -18,7 +18,7 @@ from packed_batches import PackedBatches
 from prime_pack import carrier
 from qwen_prime_wrapper import model_from_checkpoint, tokenizer_from_checkpoint
 from training_data import DataSettings, open_data
-from vote_trainer import Recipe
+from training_recipe import Recipe
 
 log = logging.getLogger("pack")
 

@@ -1,8 +1,8 @@
 """How well a method fine-tunes: loss on the new domain against loss on the old one, at equal data and equal steps.
 
 One run is a (task, method, learning rate, seed). Every method starts from the same weights, sees the same packed rows
-in the same order, takes the same number of steps under the same schedule (``vote_trainer.learning_rate``) and minimises
-the same number: summed nats of a step's answer tokens over their count. What differs is what moves the weights. Each
+in the same order, takes the same number of steps under the same schedule (``training_recipe.learning_rate``) and
+minimises the same number: summed nats of a step's answer tokens over their count. What differs is what moves the weights. Each
 run becomes one JSON line with the losses before and after; ``summary`` compares methods at their best learning rates.
 
 Two losses, because one alone can be bought with the other. *Target* is held-out text of the domain that is learned,
@@ -67,7 +67,8 @@ from qwen_prime_wrapper import (
     source_name,
 )
 from text_records import Conversation, Record, read_records
-from vote_trainer import Recipe, VoteTrainer, learning_rate
+from training_recipe import Recipe, learning_rate
+from vote_trainer import VoteTrainer
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "python standard library"
@@ -98,7 +99,7 @@ class Method:
     """Learning rates to try."""
     betas: tuple[float, float] = (0.9, 0.95)
     vote_rule: str | None = None
-    """Of the family ``votes``: the rule's name in ``vote_trainer.Recipe``."""
+    """Of the family ``votes``: the rule's name in ``training_recipe.Recipe``."""
     manifold: str = manifolds.DEFAULT
     """Of the family ``votes``: the table the weights are snapped onto."""
 

@@ -47,7 +47,7 @@ from night_shift import NightShiftError
 from prime_checkpoint import CheckpointError
 from qwen_prime_wrapper import ModelError
 from text_records import DataError
-from vote_trainer import TrainError
+from training_recipe import TrainError
 
 BenchConfig = (
     Annotated[TrainBench, tyro.conf.subcommand("train")]

@@ -42,7 +42,7 @@ from prime_pack import Pack, measure_section, summarize
 from prime_patch import adapter_bytes, apply_patch, write_patch
 from qwen_prime_wrapper import ModelError
 from text_records import DataError
-from vote_trainer import TrainError
+from training_recipe import TrainError
 from whole_output import refuse_existing, write_whole
 
 log = logging.getLogger("pack")

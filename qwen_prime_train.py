@@ -68,9 +68,10 @@ from qwen_prime_wrapper import (
 from run_folder import RunFolder, RunLocked, run_name
 from text_records import DataError
 from training_data import DataSettings, TrainingData, open_data
+from training_recipe import Recipe, TrainError
 from vote_guard import VoteGuard
 from vote_rules import RuleError
-from vote_trainer import NightWatch, Recipe, StepResult, TrainError, VotesLost, VoteTrainer
+from vote_trainer import NightWatch, StepResult, VotesLost, VoteTrainer
 from whole_output import write_whole
 
 log = logging.getLogger("train")

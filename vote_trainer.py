@@ -42,102 +42,20 @@ from night_shift import (
     layer_groups,
 )
 from packed_batches import Batch, PackedBatches
-from prime_device import has_native_bfloat16, is_out_of_memory
+from prime_device import is_out_of_memory
 from qwen_prime_wrapper import answer_loss, copy_tensors, model_tensors
+from training_recipe import Recipe, TrainError, default_rate, learning_rate
 from vote_evidence import Hearing
 from vote_guard import Evidence, VoteGuard
-from vote_rules import Ballot, VoteRule, rule_named
-
-
-class TrainError(RuntimeError):
-    """A run that cannot start or go on."""
+from vote_rules import Ballot
 
 
 class VotesLost(RuntimeError):
     """Memory ran out where votes could not be taken back: the state is of no use, return to a checkpoint."""
 
 
-DEFAULT_RATE = 0.25
-"""Learning rate times width, where none is given."""
 PRESSURE_ROWS = 32
 """About how many rows of a grid are looked at to measure its vote pressure."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to train, without a word on files: what a :class:`VoteTrainer` is told."""
-
-    steps: int = 300
-    """How many steps in all."""
-    grad_accum: int = 32
-    """Micro-batches in a step."""
-    lr: float | None = None
-    """Learning rate of weights, norms and biases alike, of the size that suits AdamW; by default 0.25 / hidden size."""
-    weight_decay: float = 0.0
-    """As AdamW's: every step a weight loses lr times this share of itself; norms and biases do not."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up: cosine or a straight line to a tenth of --lr, or constant."""
-    warmup: int = 10
-    """Steps over which the learning rate rises."""
-    vote_rule: Literal["momentum", "compact", "supermajority", "stochastic"] = "momentum"
-    """The vote rule; see vote_rules.py. "compact" needs 2 bytes a weight in all, "momentum" 3, the others 4."""
-    vote_buffer: Literal["int8", "int16"] | None = None
-    """Type of the vote buffer; by default the rule's own: int8 for momentum, int16 for the rules of whisper votes."""
-    beta: float | None = None
-    """Share of the votes that survives a step of momentum or compact; by default 0.7."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products: bfloat16 where the device has it in hardware, else float32; votes do not change type."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, more time, the same votes."""
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Record micro-batches and replay them: auto does so on cards of compute capability 8.0 and up, where Python would
-    be slower than the card. Off computes the head at the answers alone: votes equal to rounding, not to the bit."""
-    seed: int = 0
-    """Decides the order of the data and every random draw of the votes."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "grad_accum"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        if self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}, expected at least 0")
-        if self.lr is not None and not 0 <= self.lr <= 1:
-            raise ValueError(f"lr is {self.lr}, expected 0 to 1")
-        if not 0 <= self.weight_decay * (self.lr or 2**-10) <= 2**-10:
-            most = 2**-10 / (self.lr or 2**-10)
-            raise ValueError(f"weight-decay is {self.weight_decay}, expected 0 to {most:g} (lr times it below 0.001)")
-        if self.weight_decay and not self.rule().decays:
-            raise ValueError(f"vote-rule {self.vote_rule} has no weight decay: leave --weight-decay at 0")
-        if self.vote_rule == "compact" and self.vote_buffer is not None:
-            raise ValueError("vote-rule compact has its votes inside the indices: leave --vote-buffer out")
-        if self.compute == "auto":
-            object.__setattr__(self, "compute", "bfloat16" if has_native_bfloat16(self.device) else "float32")
-        self.rule()
-
-    def rule(self) -> VoteRule:
-        """The vote rule with this recipe's hyperparameters."""
-        return rule_named(self.vote_rule, buffer=self.vote_buffer, beta=self.beta)
-
-
-def default_rate(width: int) -> float:
-    """Learning rate for a model of that hidden size: inversely proportional, as rates of one optimizer transfer between
-    widths (Yang et al. 2022, arXiv 2203.03466); the factor is the best of the measured tasks, of widths 128 and 256."""
-    return DEFAULT_RATE / width
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rate of a step, counted from 0; ``recipe.lr`` must be a number."""
-    if recipe.lr is None:
-        raise TrainError("the recipe has no learning rate yet: expected the trainer's own recipe, which does")
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    if recipe.schedule == "constant":
-        return recipe.lr
-    share = min((step - recipe.warmup) / max(1, recipe.steps - recipe.warmup), 1.0)
-    fall = (1 + math.cos(math.pi * share)) / 2 if recipe.schedule == "cosine" else 1 - share
-    return recipe.lr * (0.1 + 0.9 * fall)
 
 
 @dataclass

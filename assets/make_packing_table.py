@@ -53,7 +53,8 @@ from prime_quality import sample  # noqa: E402
 from qwen_prime_importer import ImportConfig  # noqa: E402
 from qwen_prime_importer import main as import_model  # noqa: E402
 from qwen_prime_wrapper import load_model, model_from_checkpoint  # noqa: E402
-from vote_trainer import Recipe, VoteTrainer  # noqa: E402
+from training_recipe import Recipe  # noqa: E402
+from vote_trainer import VoteTrainer  # noqa: E402
 
 RESULTS = ASSETS / "packing.jsonl"
 SHARED = ROOT.parent / "shared" / "data"

@@ -45,7 +45,8 @@ def execute(schedule: str, rate: float, seed: int) -> dict[str, Any]:
     from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
     from packed_batches import PackedBatches, evaluation_batches
     from qwen_prime_wrapper import load_model, mean_answer_loss
-    from vote_trainer import NightWatch, Recipe, VoteTrainer
+    from training_recipe import Recipe
+    from vote_trainer import NightWatch, VoteTrainer
 
     task = quality.TASKS["stdlib"]
     folder = task.path(task.model, ASSETS)

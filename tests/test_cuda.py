@@ -21,7 +21,8 @@ from ghost_core import ghost_cross_entropy
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import Batch
 from qwen_prime_wrapper import copy_tensors, model_tensors
-from vote_trainer import NightWatch, Recipe, VoteTrainer
+from training_recipe import Recipe
+from vote_trainer import NightWatch, VoteTrainer
 
 CARD = torch.cuda.is_available()
 needs_card = pytest.mark.skipif(not CARD, reason="no CUDA device: what runs side by side is not tested")

@@ -43,6 +43,7 @@ FLOORS = {
     "step_profile": 4,
     "packed_batches": 4,
     "token_files": 4,
+    "training_recipe": 4,
     "ghost_core": 4,
     "monitor_terminal": 4,
     "monitor_web": 4,

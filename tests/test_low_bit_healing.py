@@ -17,7 +17,7 @@ from ghost_core import GhostGrid, grids_of
 from low_bit import LowBitGrid
 from low_bit_healing import PackedGrid, heal, put_on_packed_grids, rounded_grids
 from packed_batches import PackedBatches
-from vote_trainer import Recipe
+from training_recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

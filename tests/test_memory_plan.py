@@ -17,8 +17,9 @@ from night_shift import LayerPeel
 from packed_batches import PackedBatches
 from prime_checkpoint import load_checkpoint
 from qwen_prime_wrapper import build_model, model_from_checkpoint, tokenizer_from_checkpoint
+from training_recipe import Recipe
 from vote_rules import RULES, rule_named
-from vote_trainer import Recipe, VoteTrainer
+from vote_trainer import VoteTrainer
 
 
 def geometry(shared_data: Path, name: str, rule: str = "momentum") -> Any:

@@ -17,8 +17,9 @@ from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import Batch
 from qwen_prime_wrapper import answer_loss
+from training_recipe import Recipe
 from vote_rules import Ballot, MomentumRule
-from vote_trainer import NightWatch, Recipe, VoteTrainer
+from vote_trainer import NightWatch, VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 96

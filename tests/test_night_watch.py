@@ -20,8 +20,9 @@ from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape
 from packed_batches import PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
+from training_recipe import Recipe, TrainError
 from vote_rules import MomentumRule
-from vote_trainer import NightWatch, Recipe, TrainError, VotesLost, VoteTrainer
+from vote_trainer import NightWatch, VotesLost, VoteTrainer
 
 RECIPE = Recipe(steps=12, grad_accum=3, lr=4e-3, warmup=1, gradient_checkpointing=False, device="cpu")
 SEQUENCE = 32

@@ -26,8 +26,9 @@ from ghost_core import GhostEmbedding, GhostError, GhostGrid, GhostLinearTandem,
 from packed_batches import Batch
 from prime_checkpoint import load_checkpoint, walk_tensors
 from qwen_prime_wrapper import copy_tensors, model_from_checkpoint, model_tensors
+from training_recipe import Recipe, TrainError
 from vote_rules import Ballot, CompactRule, MomentumRule, StochasticRule, SupermajorityRule, VoteRule, tensor_id
-from vote_trainer import Recipe, StepResult, TrainError, VoteTrainer
+from vote_trainer import StepResult, VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

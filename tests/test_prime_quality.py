@@ -23,7 +23,8 @@ from ghost_core import grids_of
 from packed_batches import PackedBatches
 from prime_telemetry import read_lines
 from qwen_prime_wrapper import load_model
-from vote_trainer import Recipe, VoteTrainer
+from training_recipe import Recipe
+from vote_trainer import VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

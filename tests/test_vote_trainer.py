@@ -13,15 +13,15 @@ import pytest
 import torch
 from tiny_models import import_source, tiny_config, write_source
 
-import vote_trainer
 from answer_masks import EncodedSet, encode_records
 from ghost_core import grids_of
 from packed_batches import Batch, PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from text_records import read_records
+from training_recipe import DEFAULT_RATE, Recipe, TrainError, default_rate, learning_rate
 from vote_rules import RULES, RuleError
-from vote_trainer import Recipe, TrainError, VoteTrainer, default_rate, learning_rate
+from vote_trainer import VoteTrainer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 RECIPE = Recipe(steps=4, grad_accum=6, lr=4e-3, warmup=1, gradient_checkpointing=False, device="cpu")
@@ -460,7 +460,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_without_a_rate_it_is_taken_from_the_width(bench: Bench) -> None:
     trainer = bench.trainer(lr=None)
-    assert trainer.recipe.lr == default_rate(48) == vote_trainer.DEFAULT_RATE / 48
+    assert trainer.recipe.lr == default_rate(48) == DEFAULT_RATE / 48
     assert default_rate(96) == default_rate(48) / 2
     trainer.step()
     assert trainer.optimizer.param_groups[0]["lr"] == learning_rate(trainer.recipe, 0)
