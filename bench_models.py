@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import manifolds
 from bench_tools import BenchError
-from ghost_core import GhostGrid
+from ghost_grid import GhostGrid
 from packed_batches import Batch
 from prime_quality import to_grid
 from qwen_prime_wrapper import assign_tensors, build_model, expected_tensors, load_model, parse_config

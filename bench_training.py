@@ -46,7 +46,7 @@ from bench_tools import (
     version_of,
     write_json,
 )
-from ghost_core import GhostGrid
+from ghost_grid import GhostGrid
 from prime_device import has_native_bfloat16, return_freed_memory
 from prime_quality import add_adapters
 from qwen_prime_wrapper import answer_loss, count_parameters

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ghost_kernels as kernels
-from ghost_core import SLICE_ELEMENTS
+from ghost_grid import SLICE_ELEMENTS
 from manifolds import Manifold
 from packed_checkpoint import open_checkpoint
 from prime_checkpoint import CheckpointError

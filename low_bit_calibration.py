@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 
 import low_bit
 from entropy_coding import encode
-from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of
+from ghost_core import GhostEmbedding, GhostLinearTandem, grids_of
+from ghost_grid import GhostGrid
 from low_bit import LowBitGrid
 from packed_batches import Batch
 

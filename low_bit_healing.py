@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel
 
 import low_bit
-from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of
+from ghost_core import GhostEmbedding, GhostLinearTandem, grids_of
+from ghost_grid import GhostGrid
 from low_bit import LowBitGrid
 from packed_batches import PackedBatches
 from training_recipe import Recipe

@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ghost_core import KEPT_LOGITS, SLICE_ELEMENTS, GhostGrid
+from ghost_core import KEPT_LOGITS
+from ghost_grid import SLICE_ELEMENTS, GhostGrid
 from night_shift import LayerGroup, LayerPeel, layer_groups
 from vote_rules import VoteRule, rule_named
 

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import PreTrainedModel
 
-from ghost_core import GhostGrid, GhostLinearTandem, ghost_cross_entropy
+from ghost_core import GhostLinearTandem, ghost_cross_entropy
+from ghost_grid import GhostGrid
 from packed_attention import Starts, document_lengths, serves, starts_of
 from packed_batches import Batch
 from vote_rules import Ballot, MomentumRule, cast_keys

@@ -36,7 +36,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ghost_core import GhostEmbedding, GhostGrid, Movement, grids_of
+from ghost_core import GhostEmbedding, Movement, grids_of
+from ghost_grid import GhostGrid
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 TOP = "head"

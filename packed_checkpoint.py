@@ -26,7 +26,7 @@ import torch
 
 import ghost_kernels as kernels
 import manifolds
-from ghost_core import HEADROOM
+from ghost_grid import HEADROOM
 from low_bit import LowBitGrid, Scales
 from manifolds import Manifold
 from prime_checkpoint import (

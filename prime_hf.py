@@ -36,7 +36,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import manifolds
 import modeling_prime
 from dense_weights import DenseSource, ExportError
-from ghost_core import SLICE_ELEMENTS, GhostLinearTandem, Movement, apply_votes, grids_of, name_grids
+from ghost_core import GhostLinearTandem, Movement, apply_votes, grids_of, name_grids
+from ghost_grid import SLICE_ELEMENTS
 from hf_export import StoredTensor, folder_config, write_companions, write_json, write_shards
 from manifolds import Manifold
 from qwen_prime_wrapper import expected_tensors, restore_modules, swap_modules

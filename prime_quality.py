@@ -2,8 +2,9 @@
 
 One run is a (task, method, learning rate, seed). Every method starts from the same weights, sees the same packed rows
 in the same order, takes the same number of steps under the same schedule (``training_recipe.learning_rate``) and
-minimises the same number: summed nats of a step's answer tokens over their count. What differs is what moves the weights. Each
-run becomes one JSON line with the losses before and after; ``summary`` compares methods at their best learning rates.
+minimises the same number: summed nats of a step's answer tokens over their count. What differs is what moves the
+weights. Each run becomes one JSON line with the losses before and after; ``summary`` compares methods at their best
+learning rates.
 
 Two losses, because one alone can be bought with the other. *Target* is held-out text of the domain that is learned,
 *source* text of the domain the model came from; forgetting is the rise of the source loss. A method that moves weights
@@ -53,7 +54,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import manifolds
 from answer_masks import EncodedSet, encode_records
-from ghost_core import GhostGrid, grids_of
+from ghost_core import grids_of
+from ghost_grid import GhostGrid
 from manifolds import Manifold
 from packed_batches import PackedBatches, evaluation_batches
 from prime_telemetry import read_lines

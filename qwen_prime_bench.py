@@ -42,7 +42,7 @@ from bench_quality import QualityBench, bench_quality
 from bench_saving import SaveBench, bench_saving
 from bench_tools import BenchError
 from bench_training import TrainBench, bench_train
-from ghost_core import GhostError
+from ghost_grid import GhostError
 from night_shift import NightShiftError
 from prime_checkpoint import CheckpointError
 from qwen_prime_wrapper import ModelError

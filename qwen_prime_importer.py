@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import manifolds
 import prime_cli
-from ghost_core import HEADROOM, GhostGrid
+from ghost_grid import HEADROOM, GhostGrid
 from ghost_kernels import SnapReport
 from prime_checkpoint import FORMAT, VERSION, CheckpointError, created_by, one_line, probe, save_checkpoint
 from qwen_prime_wrapper import (

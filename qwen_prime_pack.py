@@ -33,7 +33,7 @@ import hf_export
 import prime_cli
 import prime_hf
 from dense_weights import ExportError, open_dense
-from ghost_core import GhostError
+from ghost_grid import GhostError
 from low_bit import LowBitError
 from low_bit_packing import LowBitSettings, low_bit_grids, weights_of
 from packed_checkpoint import read_checkpoint, without_votes, write_checkpoint, write_low_bit

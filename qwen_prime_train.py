@@ -31,7 +31,8 @@ import manifolds
 import memory_plan
 import prime_cli
 from answer_masks import EncodedSet
-from ghost_core import GhostError, grids_of
+from ghost_core import grids_of
+from ghost_grid import GhostError
 from night_shift import (
     AntigravitySentinel,
     LayerPeel,

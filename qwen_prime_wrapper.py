@@ -37,15 +37,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import manifolds
 import packed_attention
-from ghost_core import (
-    Ballot,
-    GhostEmbedding,
-    GhostGrid,
-    GhostLinearTandem,
-    ghost_cross_entropy,
-    grids_of,
-    name_grids,
-)
+from ghost_core import Ballot, GhostEmbedding, GhostLinearTandem, ghost_cross_entropy, grids_of, name_grids
+from ghost_grid import GhostGrid
 from manifolds import Manifold
 from packed_checkpoint import open_checkpoint
 from prime_checkpoint import CheckpointError, one_line

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 import manifolds
 import prime_cli
-from ghost_core import GhostGrid, grids_of
+from ghost_core import grids_of
+from ghost_grid import GhostGrid
 from model_checks import Check, check_forward, show
 from prime_checkpoint import (
     CheckpointError,

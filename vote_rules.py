@@ -93,7 +93,7 @@ class VoteState:
 
 
 class Grid(Protocol):
-    """What a rule sees of a :class:`ghost_core.GhostGrid`."""
+    """What a rule sees of a :class:`ghost_grid.GhostGrid`."""
 
     name: str
     number: int

@@ -198,9 +198,9 @@ def test_whispers_and_majorities(shape: tuple[int, int], dtype: torch.dtype) -> 
 @needs_card
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_is_that_of_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ghost_core
+    import ghost_grid
 
-    monkeypatch.setattr(ghost_core, "SLICE_ELEMENTS", 64 * 1000)
+    monkeypatch.setattr(ghost_grid, "SLICE_ELEMENTS", 64 * 1000)
     model = ghost_model("toy", manifolds.build()).cuda()
     grid = model.get_output_embeddings().grid
     hidden = torch.randn(70, 64, device="cuda", dtype=dtype, requires_grad=True)

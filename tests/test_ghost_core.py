@@ -17,17 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ghost_core as core
+import ghost_grid
 import ghost_kernels as kernels
 import manifolds
 import vote_units
-from ghost_core import (
-    Ballot,
-    GhostEmbedding,
-    GhostError,
-    GhostGrid,
-    GhostLinearTandem,
-    ghost_cross_entropy,
-)
+from ghost_core import Ballot, GhostEmbedding, GhostLinearTandem, ghost_cross_entropy
+from ghost_grid import GhostError, GhostGrid
 from manifolds import INDEX_MAX, Manifold
 from vote_rules import RULES, CompactRule, MomentumRule, RuleError, VoteRule, rule_named, tensor_id
 
@@ -45,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
     """Slices of a grid as shipped (all of these small grids at once), of several rows, and of one row."""
     if request.param is not None:
-        monkeypatch.setattr(core, "SLICE_ELEMENTS", request.param)
+        monkeypatch.setattr(ghost_grid, "SLICE_ELEMENTS", request.param)
     return request.param
 
 
@@ -519,7 +514,7 @@ def test_no_dense_weight_gradient_survives(kind: str) -> None:
     del loss
     made = watch.made("", (23, 19), (19, 23))
     # The one buffer in which weights are lent stays.
-    vars(core._lent).clear()
+    vars(ghost_grid._lent).clear()
     alive = watch.alive((23, 19), (19, 23))
     if kind == "nn.Linear":
         assert alive
@@ -531,8 +526,8 @@ def test_no_dense_weight_gradient_survives(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lent_weights_are_those_of_the_grid(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one buffer, whatever was in it and whoever had it before; what does not fit into it is fresh."""
-    monkeypatch.setattr(core, "LENT_ELEMENTS", 23 * 19)
-    vars(core._lent).clear()
+    monkeypatch.setattr(ghost_grid, "LENT_ELEMENTS", 23 * 19)
+    vars(ghost_grid._lent).clear()
     small, large = new_grid(7, 5, 41), new_grid(23, 19, 42)
     places = set()
     for grid, rows in ((large, slice(4, 23)), (small, slice(0, 7)), (large, slice(0, 23)), (small, slice(2, 3))):
@@ -552,7 +547,7 @@ def test_lent_weights_are_those_of_the_grid(dtype: torch.dtype, monkeypatch: pyt
 @pytest.mark.parametrize("kind", ["linear", "head"])
 def test_neither_weights_nor_logits_nor_gradient_exist_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In slices of 3 rows no float tensor as large as the matrix, or as tokens times the vocabulary, is ever made."""
-    monkeypatch.setattr(core, "SLICE_ELEMENTS", 3 * 19)
+    monkeypatch.setattr(ghost_grid, "SLICE_ELEMENTS", 3 * 19)
     monkeypatch.setattr(core, "KEPT_LOGITS", 0)
     ballot = Ballot(rule=PLAIN)
     grid = new_grid(64, 19, 34, ballot)
@@ -921,7 +916,7 @@ def test_closing_a_measuring_pass_leaves_a_measured_grid_alone() -> None:
 
 
 def test_a_measuring_pass_that_is_non_finite_in_a_late_slice_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "SLICE_ELEMENTS", 14)
+    monkeypatch.setattr(ghost_grid, "SLICE_ELEMENTS", 14)
     ballot = Ballot(rule=PLAIN)
     layer = GhostLinearTandem(new_grid(6, 7, 83, ballot))
     layer.grid.unlock()
@@ -945,7 +940,7 @@ def test_a_gradient_that_is_non_finite_in_a_late_slice_leaves_no_trace_after_ret
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The slices before have voted by the time it is found; the same pass in mode ``retract`` takes that back."""
-    monkeypatch.setattr(core, "SLICE_ELEMENTS", 14)
+    monkeypatch.setattr(ghost_grid, "SLICE_ELEMENTS", 14)
     ballot = Ballot(rule=PLAIN)
     layer = GhostLinearTandem(new_grid(6, 7, 83, ballot))
     arm(layer.grid, 100.0)

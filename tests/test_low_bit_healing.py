@@ -13,7 +13,8 @@ import low_bit_calibration as calibration
 import manifolds
 import prime_quality
 from answer_masks import EncodedSet
-from ghost_core import GhostGrid, grids_of
+from ghost_core import grids_of
+from ghost_grid import GhostGrid
 from low_bit import LowBitGrid
 from low_bit_healing import PackedGrid, heal, put_on_packed_grids, rounded_grids
 from packed_batches import PackedBatches

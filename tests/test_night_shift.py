@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny_models import import_source, tiny_config, write_source
 
-from ghost_core import GhostEmbedding, GhostGrid, Movement, grids_of
+from ghost_core import GhostEmbedding, Movement, grids_of
+from ghost_grid import GhostGrid
 from night_shift import (
     LIMITS,
     AntigravitySentinel,

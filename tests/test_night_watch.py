@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny_models import import_source, tiny_config, write_source
 
-import ghost_core
+import ghost_grid
 from answer_masks import EncodedSet, encode_records
-from ghost_core import GhostGrid
+from ghost_grid import GhostGrid
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
@@ -229,7 +229,7 @@ def test_a_micro_batch_that_runs_out_of_memory_leaves_no_trace(
     make: Make, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
     """Wherever it does, and also when taking it back runs out once more."""
-    monkeypatch.setattr(ghost_core, "SLICE_ELEMENTS", 48 * 40)
+    monkeypatch.setattr(ghost_grid, "SLICE_ELEMENTS", 48 * 40)
     trainer = make(LayerPeel(), vote_rule=rule)
     trainer.step()
     batches = [next(trainer.batches) for _ in range(2)]

@@ -22,7 +22,8 @@ import ghost_core as core
 import ghost_kernels as kernels
 import manifolds
 import vote_units
-from ghost_core import GhostEmbedding, GhostError, GhostGrid, GhostLinearTandem, ghost_cross_entropy
+from ghost_core import GhostEmbedding, GhostLinearTandem, ghost_cross_entropy
+from ghost_grid import GhostError, GhostGrid
 from packed_batches import Batch
 from prime_checkpoint import load_checkpoint, walk_tensors
 from qwen_prime_wrapper import copy_tensors, model_from_checkpoint, model_tensors

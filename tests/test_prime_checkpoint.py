@@ -20,7 +20,8 @@ import torch
 
 import manifolds
 import prime_checkpoint
-from ghost_core import Ballot, GhostGrid
+from ghost_core import Ballot
+from ghost_grid import GhostGrid
 from prime_checkpoint import (
     CheckpointError,
     changed_tensors,

@@ -40,7 +40,8 @@ import prime_checkpoint
 import prime_cli
 import qwen_prime_importer as importer
 import qwen_prime_wrapper as wrapper
-from ghost_core import HEADROOM, grids_of
+from ghost_core import grids_of
+from ghost_grid import HEADROOM
 from prime_checkpoint import CheckpointError, load_checkpoint
 from qwen_prime_importer import ImportConfig, ImportProblem
 from qwen_prime_wrapper import ModelError

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import manifolds
 import qwen_prime_wrapper as wrapper
-from ghost_core import GhostEmbedding, GhostGrid, GhostLinearTandem, grids_of, name_grids
+from ghost_core import GhostEmbedding, GhostLinearTandem, grids_of, name_grids
+from ghost_grid import GhostGrid
 from prime_checkpoint import CheckpointError, load_checkpoint
 from qwen_prime_wrapper import ModelError
 from vote_rules import RULES, Ballot, rule_named

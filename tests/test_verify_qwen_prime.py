@@ -19,7 +19,8 @@ from tiny_models import clone_tree, import_source, plant, rewrite_json, stories,
 import manifolds
 import prime_cli
 import verify_qwen_prime as verifier
-from ghost_core import GhostGrid, grids_of
+from ghost_core import grids_of
+from ghost_grid import GhostGrid
 from prime_checkpoint import (
     CheckpointError,
     _seal,

@@ -12,8 +12,7 @@ import pytest
 import torch
 from test_night_watch import PEEL, Make, checkpoints, make, texts  # noqa: F401  fixtures
 
-import ghost_core
-from ghost_core import GhostGrid
+from ghost_grid import GhostGrid
 from night_shift import LayerPeel, Verdict
 from qwen_prime_wrapper import answer_loss
 from vote_evidence import Hearing
@@ -323,4 +322,4 @@ def test_watching_changes_no_bit(make: Make, monkeypatch: pytest.MonkeyPatch) ->
         train(trainer, 5)
         hashes.append([grid.indices.sum().item() for grid in trainer.grids.values()])
         hashes[-1] += [grid.state.votes.long().sum().item() for grid in trainer.grids.values()]
-    assert hashes[0] == hashes[1] and isinstance(trainer.grids["model.embed_tokens.grid"], ghost_core.GhostGrid)
+    assert hashes[0] == hashes[1] and isinstance(trainer.grids["model.embed_tokens.grid"], GhostGrid)

@@ -17,7 +17,8 @@ import ghost_kernels as kernels
 import manifolds
 import vote_rules
 import vote_units
-from ghost_core import GhostError, GhostGrid, GhostLinearTandem
+from ghost_core import GhostLinearTandem
+from ghost_grid import GhostError, GhostGrid
 from vote_rules import (
     Ballot,
     CompactRule,

@@ -45,7 +45,7 @@ from bench_tools import resident_bytes  # noqa: E402
 from crash import child  # noqa: E402
 from crash.child import Faults  # noqa: E402
 from crash.kill_runs import CONTEXT, state_hash  # noqa: E402
-from ghost_core import GhostGrid  # noqa: E402
+from ghost_grid import GhostGrid  # noqa: E402
 from prime_telemetry import read_lines  # noqa: E402
 from run_folder import RunFolder, run_name  # noqa: E402
 
