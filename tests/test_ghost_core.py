@@ -538,7 +538,9 @@ def test_lent_weights_are_those_of_the_grid(dtype: torch.dtype, monkeypatch: pyt
     assert len(places) == 2, "the buffer grew once"
     wide = new_grid(23, 20, 43)
     lent = wide.lend(slice(0, 23), dtype)
-    assert lent.data_ptr() not in places and torch.equal(lent, wide.dequantize(dtype=dtype))
+    # The buffer that it had outgrown is gone, and its place may be anybody's.
+    assert lent.data_ptr() != getattr(ghost_grid._lent, str(dtype)).data_ptr()
+    assert torch.equal(lent, wide.dequantize(dtype=dtype))
     kept = lent.clone()
     wide.lend(slice(0, 23), dtype)
     assert torch.equal(lent, kept)
