@@ -9,7 +9,6 @@ threads over rows is, since the kernels release the GIL).
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -395,22 +394,41 @@ def flip_rows(
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
+PIECES = 4
+"""Into how many pieces rows are cut for each thread."""
 
 
 def run_rows(function: Callable[..., None], rows: int, elements: int, *arguments: object) -> None:
-    """Call a row kernel over all rows, on as many threads as torch is set to use."""
+    """Call a row kernel over all rows, on as many threads as torch is set to use.
+
+    The caller takes part, and rows are dealt out a few at a time to whoever is free: torch's own threads go on spinning
+    for a while after their work, and a helper that shares its core with one of them is slow, or has not begun when the
+    caller is done. Then it is not waited for.
+    """
     global _pool, _pool_size
-    threads = min(torch.get_num_threads(), rows, 1 + elements // 65536)
+    pieces = 1 + elements // 65536
+    threads = min(torch.get_num_threads(), rows, pieces)
     if threads <= 1:
         function(*arguments, 0, rows)
         return
     if _pool is None or _pool_size < threads:
         _pool = ThreadPoolExecutor(threads, thread_name_prefix="ghost")
         _pool_size = threads
-    edges = [rows * t // threads for t in range(threads + 1)]
-    waiting = [_pool.submit(function, *arguments, a, b) for a, b in itertools.pairwise(edges)]
-    for future in waiting:
-        future.result()
+    pieces = min(pieces, rows, PIECES * threads)
+    # One iterator for all: next() of a list's is one step of the interpreter.
+    left = iter([(rows * p // pieces, rows * (p + 1) // pieces) for p in range(pieces)])
+
+    def work() -> None:
+        for start, stop in left:
+            function(*arguments, start, stop)
+
+    helpers = [_pool.submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
 def _forget_pool() -> None:
