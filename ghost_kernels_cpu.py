@@ -83,6 +83,7 @@ _at = np.uintp
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def dequantize_rows(indices, scale, values, out, start, stop):
+    """Weights of rows ``start`` to ``stop`` into float32 ``out``; ``values`` is the whole table."""
     columns = indices.shape[1]
     whole = columns // _LINE * _LINE
     for i in range(start, stop):
@@ -98,6 +99,7 @@ def dequantize_rows(indices, scale, values, out, start, stop):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def dequantize_rows_bfloat16(indices, scale, values, out, start, stop):
+    """The same into the bits of bfloat16, uint16, rounded once to even."""
     # The bits of bfloat16 are the upper half of float32's, rounded to even; weights are finite.
     row = np.empty(indices.shape[1], np.float32)
     bits = row.view(np.uint32)
@@ -120,6 +122,7 @@ def dequantize_rows_bfloat16(indices, scale, values, out, start, stop):
 # Sums of squares may be added up in any order, so that they vectorise; nothing else here is a sum.
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums, start, stop):
+    """Nearest words of rows into int16 ``out``; adds zeros, saturated, signal and noise to float64 ``sums`` ``(4,)``."""
     # Three passes over a row in the cache: the outer two vectorise, and the middle one, all lookups, has no branch
     # that a processor guesses wrong. Two comparisons settle 98% of weights; the search below is for those near zero,
     # where a bucket holds many levels. No array is indexed by a value that was not brought into [0, 1] first: NaN
@@ -174,6 +177,7 @@ def snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums,
 
 @numba.njit(nogil=True, cache=True)
 def all_below(rows, count):
+    """Whether all row numbers, int64 ``(n,)``, lie in [0, count)."""
     inside = True
     for row in rows:
         inside &= 0 <= row < count
@@ -199,6 +203,7 @@ def cast_rows(
     start,
     stop,
 ):
+    """Votes of gradient rows, float32 or the bits of bfloat16, into ``votes``; adds to both row sums, int64."""
     top = np.float32(wide)
     half = np.int32(np.int32(np.int32(1) << shift) >> np.int32(1))
     # Signs are changed by turning bits over, -v = ~v + 1.
@@ -229,6 +234,7 @@ def cast_rows(
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def whisper_rows(gradient, rows, yardstick, gate, votes, sizes, squares, sign, start, stop):
+    """One vote against the sign of what is louder than the gate, into ``votes``; adds to both row sums, int64."""
     one = np.float32(1 << WHISPER_BITS)
     top = np.float32(WHISPER_LIMIT << WHISPER_BITS)
     for k in range(start, stop):
@@ -292,6 +298,7 @@ def _fade(votes, decay, carry, draw):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
+    """Move indices by their votes and let these fade, in place; adds flips, travel, clipped to ``counts`` ``(3,)``."""
     flips = np.int64(0)
     travel = np.int64(0)
     clipped = np.int64(0)
@@ -323,6 +330,7 @@ def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, car
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
+    """The same of words that hold their own votes."""
     half = (np.int64(1) << bits) >> np.int64(1)
     flips = np.int64(0)
     travel = np.int64(0)
@@ -355,6 +363,7 @@ def apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry
 def flip_rows(
     indices, votes, stride, fixed, columns, keys, threshold, jitter, chance, decay, carry, counts, start, stop
 ):
+    """Move the indices whose votes break through, in place; adds to ``counts`` as :func:`apply_rows`."""
     top = np.int64(len(fixed) - 1)
     flips = np.int64(0)
     travel = np.int64(0)

@@ -29,15 +29,18 @@ def hash_of(position: torch.Tensor, key0: int, key1: int) -> torch.Tensor:
 
 
 def positions(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """Numbers of the elements of chosen rows in the whole tensor, 32 bits in int64 ``(n, columns)``."""
     return (rows[:, None] * columns + torch.arange(columns, device=rows.device)) & _MASK
 
 
 def row_slices(rows: int, columns: int) -> list[range]:
+    """Consecutive ranges of rows of at most ``SLICE_ELEMENTS`` elements."""
     step = max(1, SLICE_ELEMENTS // max(columns, 1))
     return [range(a, min(a + step, rows)) for a in range(0, rows, step)]
 
 
 def dequantize(indices: torch.Tensor, scale: torch.Tensor, manifold: Manifold, out: torch.Tensor) -> None:
+    """As :func:`ghost_kernels.dequantize`, into ``out``."""
     for rows in row_slices(*indices.shape):
         part = slice(rows.start, rows.stop)
         picked = manifold.values[indices[part].int() + 32768]
@@ -45,6 +48,7 @@ def dequantize(indices: torch.Tensor, scale: torch.Tensor, manifold: Manifold, o
 
 
 def snap(weights: torch.Tensor, scale: torch.Tensor, manifold: Manifold, out: torch.Tensor, sums: np.ndarray) -> None:
+    """As :func:`ghost_kernels.snap`; adds zeros, saturated, signal and noise to float64 ``sums`` ``(4,)``."""
     for rows in row_slices(*weights.shape):
         part = slice(rows.start, rows.stop)
         w = weights[part]
@@ -71,6 +75,7 @@ def cast(
     units: VoteUnits,
     sign: int,
 ) -> None:
+    """As :func:`ghost_kernels.cast_votes`; ``offset`` is the slot's."""
     columns = gradient.shape[1]
     half = 1 << units.stat_shift >> 1
     for part in row_slices(*gradient.shape):
@@ -94,6 +99,7 @@ def whispers(
     squares: torch.Tensor,
     sign: int,
 ) -> None:
+    """As :func:`ghost_kernels.cast_whispers`."""
     top = float(WHISPER_LIMIT << WHISPER_BITS)
     for part in row_slices(*gradient.shape):
         i = rows[part.start : part.stop]
@@ -119,6 +125,7 @@ def apply(
     carry: int,
     shrink: int,
 ) -> tuple[int, int, int]:
+    """As :func:`ghost_kernels.apply_votes`."""
     columns = words.shape[1]
     fixed, bits = manifold.fixed, manifold.vote_bits
     flips = travel = clipped = 0
@@ -166,6 +173,7 @@ def flip(
     decay: int,
     carry: int,
 ) -> tuple[int, int, int]:
+    """As :func:`ghost_kernels.flip_by_majority`."""
     columns = indices.shape[1]
     flips = travel = clipped = 0
     for rows in row_slices(*indices.shape):
