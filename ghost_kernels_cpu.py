@@ -122,7 +122,7 @@ def dequantize_rows_bfloat16(indices, scale, values, out, start, stop):
 # Sums of squares may be added up in any order, so that they vectorise; nothing else here is a sum.
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums, start, stop):
-    """Nearest words of rows into int16 ``out``; adds zeros, saturated, signal and noise to float64 ``sums`` ``(4,)``."""
+    """Nearest words of rows into int16 ``out``; adds zeros, saturated, signal, noise to float64 ``sums`` ``(4,)``."""
     # Three passes over a row in the cache: the outer two vectorise, and the middle one, all lookups, has no branch
     # that a processor guesses wrong. Two comparisons settle 98% of weights; the search below is for those near zero,
     # where a bucket holds many levels. No array is indexed by a value that was not brought into [0, 1] first: NaN
