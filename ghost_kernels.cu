@@ -262,6 +262,19 @@ static __device__ __forceinline__ i64 fade(i64 votes, i64 decay, i64 carry, u32 
     return larger(smaller(kept, carry), -carry);
 }
 
+// What the threads of a block have done to their weights, added to the whole's: integers have one sum.
+static __device__ void add_counts(i64 flips, i64 travel, i64 clipped, i64 *box, u64 *counts)
+{
+    flips = block_sum(flips, box);
+    travel = block_sum(travel, box);
+    clipped = block_sum(clipped, box);
+    if (threadIdx.x == 0) {
+        atomicAdd(counts, (u64)flips);
+        atomicAdd(counts + 1, (u64)travel);
+        atomicAdd(counts + 2, (u64)clipped);
+    }
+}
+
 // The largest entry not above `size`. Most weights move by less than an entry or two: the search begins at the old one,
 // and only what is not found near it asks for its bucket.
 static __device__ __forceinline__ u32 entry_below(i64 size, u32 near, const i64 *fixed, const int *buckets, u32 top)
@@ -334,14 +347,7 @@ static __device__ void apply_votes(i16 *words, V *votes, const i64 *stride, cons
             votes[place] = (V)kept;
         }
     }
-    flips = block_sum(flips, box);
-    travel = block_sum(travel, box);
-    clipped = block_sum(clipped, box);
-    if (threadIdx.x == 0) {
-        atomicAdd(counts, (u64)flips);
-        atomicAdd(counts + 1, (u64)travel);
-        atomicAdd(counts + 2, (u64)clipped);
-    }
+    add_counts(flips, travel, clipped, box, counts);
 }
 
 #define APPLY(NAME, V, WORDS)                                                                                           \
@@ -392,14 +398,7 @@ static __device__ void flip_by_majority(i16 *indices, V *votes, const i64 *strid
             votes[place] = (V)fade(m, decay, carry, second >> 16);
         }
     }
-    flips = block_sum(flips, box);
-    travel = block_sum(travel, box);
-    clipped = block_sum(clipped, box);
-    if (threadIdx.x == 0) {
-        atomicAdd(counts, (u64)flips);
-        atomicAdd(counts + 1, (u64)travel);
-        atomicAdd(counts + 2, (u64)clipped);
-    }
+    add_counts(flips, travel, clipped, box, counts);
 }
 
 #define FLIP(NAME, V)                                                                                                   \

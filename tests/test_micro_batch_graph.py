@@ -13,6 +13,7 @@ import ghost_kernels
 import manifolds
 from bench_models import Endless, ghost_model
 from ghost_core import grids_of, name_grids
+from ghost_grid import GhostGrid
 from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss, room_for_documents
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import Batch
@@ -220,6 +221,39 @@ def test_what_is_not_finite_is_taken_back(k: int, watched: bool, without_a_card:
     assert all(torch.equal(gradients[n], cast(Any, p.grad)) for n, p in trainer.floats.items())
     assert math.isfinite(cast(float, trainer._cast(batch, k, 1.0)))
     assert not torch.equal(state_of(trainer)["model.embed_tokens.grid.votes"], before["model.embed_tokens.grid.votes"])
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("name", ["model.embed_tokens.grid", "model.layers.0.self_attn.k_proj.grid"])
+@pytest.mark.parametrize("played", [False, True])
+@pytest.mark.parametrize("k", [0, 2])
+def test_one_gradient_that_is_not_finite_under_a_sound_loss_is_marked_and_taken_back(
+    k: int, played: bool, name: str, without_a_card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(played, "momentum", 4, True)
+    for _ in range(2):
+        trainer.step()
+    batch, accept, broken = next(trainer.batches), GhostGrid.accept, [True]
+
+    def break_one(grid: GhostGrid, gradient: torch.Tensor, *rest: Any) -> None:
+        if broken[0] and grid.name == name:
+            gradient = gradient.clone()
+            gradient[len(gradient) // 2, 5] = math.inf
+        accept(grid, gradient, *rest)
+
+    monkeypatch.setattr(GhostGrid, "accept", break_one)
+    trainer.ballot.open("cast", trainer.done, 0, 4)
+    before, gradients = state_of(trainer), {n: cast(Any, p.grad) for n, p in trainer.floats.items()}
+    gradients = {n: None if g is None else g.clone() for n, g in gradients.items()}
+    assert trainer._cast(batch, k, 1.0) is None
+    assert set(trainer.ballot.non_finite) == {name}
+    after = state_of(trainer)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    for n, p in trainer.floats.items():
+        assert (gradients[n] is None and p.grad is None) or torch.equal(cast(Any, gradients[n]), cast(Any, p.grad))
+    broken[0] = False
+    assert math.isfinite(cast(float, trainer._cast(batch, k, 1.0)))
+    assert not torch.equal(state_of(trainer)[f"{name}.votes"], before[f"{name}.votes"])
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
