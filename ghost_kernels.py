@@ -29,7 +29,7 @@ signal); float noise from a generator (its bits depend on device and order).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ import ghost_kernels_cpu as cpu
 import ghost_kernels_cuda as cuda
 import ghost_kernels_torch as reference
 from manifolds import FIXED_BITS, Manifold
+from row_threads import run_rows
 from vote_units import COLUMNS_MAX, WHISPER_BITS, WHISPER_LIMIT, KernelError, VoteUnits
 
 
@@ -171,9 +172,9 @@ def dequantize(
     elif name == "numba":
         arrays = (indices.numpy(), scale.detach().numpy(), manifold.values.numpy())
         if dtype == torch.float32:
-            cpu.run_rows(cpu.dequantize_rows, rows, indices.numel(), *arrays, out.numpy())
+            run_rows(cpu.dequantize_rows, rows, indices.numel(), *arrays, out.numpy())
         else:
-            cpu.run_rows(cpu.dequantize_rows_bfloat16, rows, indices.numel(), *arrays, out.view(torch.uint16).numpy())
+            run_rows(cpu.dequantize_rows_bfloat16, rows, indices.numel(), *arrays, out.view(torch.uint16).numpy())
     else:
         reference.dequantize(indices, scale.detach(), manifold, out)
     return out
@@ -238,15 +239,10 @@ def snap(
     if backend_for(device, backend) == "numba":
         tables = (manifold.thresholds.numpy(), manifold.threshold_buckets.numpy(), manifold.values.numpy())
         bits = np.uint32(manifold.vote_bits)
-        parts: dict[int, np.ndarray] = {}
-
-        def run(start: int, stop: int) -> None:
-            sums = parts[start] = np.zeros(4)
-            cpu.snap_rows(weights.numpy(), scale.numpy(), *tables, bits, out.numpy(), sums, start, stop)
-
-        cpu.run_rows(run, rows, weights.numel())
-        # In the order of rows, not of completion: float sums depend on it.
-        sums = np.sum([parts[start] for start in sorted(parts)], axis=0)
+        parts = np.empty((rows, 4))
+        arrays = (weights.numpy(), scale.numpy(), *tables, bits, out.numpy(), parts)
+        run_rows(cpu.snap_rows, rows, weights.numel(), *arrays)
+        sums = parts.sum(axis=0)
     else:
         sums = np.zeros(4)
         reference.snap(weights, scale, manifold, out, sums)
@@ -347,7 +343,7 @@ def cast_votes(
         sums = (row_squares.numpy(), row_sketch.numpy())
         plain = (np.uint32(keys[0]), np.uint32(keys[1]), np.uint32(offset), np.int32(units.limit), np.int32(units.wide))
         signs = (np.int32(units.stat_shift), np.int32(sign))
-        cpu.run_rows(cpu.cast_rows, len(rows), gradient.numel(), *arrays, *sums, gradient.shape[1], *plain, *signs)
+        run_rows(cpu.cast_rows, len(rows), gradient.numel(), *arrays, *sums, gradient.shape[1], *plain, *signs)
     else:
         reference.cast(gradient, rows, yardstick, votes, row_squares, row_sketch, keys, offset, units, sign)
 
@@ -391,7 +387,7 @@ def cast_whispers(
     elif name == "numba":
         arrays = (votes.numpy(), row_sizes.numpy(), row_squares.numpy(), np.int32(sign))
         read = (gradient.numpy(), rows.numpy(), yardstick.numpy(), np.int32(gate))
-        cpu.run_rows(cpu.whisper_rows, len(rows), gradient.numel(), *read, *arrays)
+        run_rows(cpu.whisper_rows, len(rows), gradient.numel(), *read, *arrays)
     else:
         reference.whispers(gradient, rows, yardstick, gate, votes, row_sizes, row_squares, sign)
 
@@ -442,6 +438,14 @@ def _check_apply(indices: torch.Tensor, votes: torch.Tensor, stride: torch.Tenso
     _check_table(manifold, device)
 
 
+def _count_rows(kernel: Callable[..., None], indices: torch.Tensor, *arguments: object) -> tuple[int, int, int]:
+    """Run a row kernel whose last argument before its rows is counts, and add these up."""
+    counts = np.empty((len(indices), 3), dtype=np.int64)
+    run_rows(kernel, len(indices), indices.numel(), *arguments, counts)
+    flips, travel, clipped = counts.sum(axis=0)
+    return int(flips), int(travel), int(clipped)
+
+
 def apply_votes(
     indices: torch.Tensor,
     votes: torch.Tensor | None,
@@ -486,8 +490,8 @@ def apply_votes(
     plain = (np.array(keys, dtype=np.uint32), np.int64(decay), np.int64(carry), np.int64(shrink))
     if votes is None:
         bits = np.int64(manifold.vote_bits)
-        return cpu.count_rows(cpu.apply_words, indices, indices.numpy(), bits, stride.numpy(), *tables, *plain)
-    return cpu.count_rows(cpu.apply_rows, indices, indices.numpy(), votes.numpy(), stride.numpy(), *tables, *plain)
+        return _count_rows(cpu.apply_words, indices, indices.numpy(), bits, stride.numpy(), *tables, *plain)
+    return _count_rows(cpu.apply_rows, indices, indices.numpy(), votes.numpy(), stride.numpy(), *tables, *plain)
 
 
 def flip_by_majority(
@@ -539,4 +543,4 @@ def flip_by_majority(
         return _read_counts(cuda.flip(indices, votes, _dense(stride), manifold, keys, *plain_numbers))
     arrays = (indices.numpy(), votes.numpy(), stride.numpy(), manifold.fixed.numpy(), indices.shape[1])
     plain = (np.int64(x) for x in (threshold, jitter, chance, decay, carry))
-    return cpu.count_rows(cpu.flip_rows, indices, *arrays, np.array(keys, dtype=np.uint32), *plain)
+    return _count_rows(cpu.flip_rows, indices, *arrays, np.array(keys, dtype=np.uint32), *plain)

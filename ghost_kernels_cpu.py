@@ -1,24 +1,19 @@
 """The numba backend of ``ghost_kernels``: one fused pass per operation over rows of numpy arrays, on any CPU.
 
-Compiled once per machine, kept in the cache folder beside this file. A row kernel does rows ``start`` to ``stop``;
-``run_rows`` deals rows out to threads. What operations mean, and what their arguments are, ``ghost_kernels`` says.
-
-Rejected: numba's own thread pool (not safe to enter from the autograd thread beside the main one: a plain pool of
-threads over rows is, since the kernels release the GIL).
+Compiled once per machine, kept in the cache folder beside this file. Each is a row kernel, dealt out to threads by
+``row_threads``. What operations mean, and what their arguments are, ``ghost_kernels`` says.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import llvmlite.ir
 import numba
 import numpy as np
-import torch
 
 from manifolds import BUCKET_BITS, FIXED_BITS
+from row_threads import compiled, deal, team_of
 from vote_units import DRAW_BITS, WHISPER_BITS, WHISPER_LIMIT
 
 _STRIDE = np.uint32(0x9E3779B1)
@@ -81,7 +76,7 @@ them up in a table reaches too little of what comes next to keep memory busy. A 
 _at = np.uintp
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def dequantize_rows(indices, scale, values, out, start, stop):
     """Weights of rows ``start`` to ``stop`` into float32 ``out``; ``values`` is the whole table."""
     columns = indices.shape[1]
@@ -97,7 +92,12 @@ def dequantize_rows(indices, scale, values, out, start, stop):
             out[i, j] = values[_at(np.uint16(indices[i, j]) ^ np.uint16(0x8000))] * s
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@team_of(dequantize_rows)
+def _dequantize_rows_team(rows, pieces, threads, *arguments):
+    return deal(dequantize_rows, arguments, rows, pieces, threads)
+
+
+@compiled()
 def dequantize_rows_bfloat16(indices, scale, values, out, start, stop):
     """The same into the bits of bfloat16, uint16, rounded once to even."""
     # The bits of bfloat16 are the upper half of float32's, rounded to even; weights are finite.
@@ -119,10 +119,15 @@ def dequantize_rows_bfloat16(indices, scale, values, out, start, stop):
             out[i, j] = np.uint16(np.uint32(np.uint32(bits[j] + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
 
 
+@team_of(dequantize_rows_bfloat16)
+def _dequantize_rows_bfloat16_team(rows, pieces, threads, *arguments):
+    return deal(dequantize_rows_bfloat16, arguments, rows, pieces, threads)
+
+
 # Sums of squares may be added up in any order, so that they vectorise; nothing else here is a sum.
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums, start, stop):
-    """Nearest words of rows into int16 ``out``; adds zeros, saturated, signal, noise to float64 ``sums`` ``(4,)``."""
+    """Nearest words of rows into int16 ``out``; zeros, saturated, signal, noise to float64 ``sums`` ``(out, 4)``."""
     # Three passes over a row in the cache: the outer two vectorise, and the middle one, all lookups, has no branch
     # that a processor guesses wrong. Two comparisons settle 98% of weights; the search below is for those near zero,
     # where a bucket holds many levels. No array is indexed by a value that was not brought into [0, 1] first: NaN
@@ -131,11 +136,11 @@ def snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums,
     half = values[32768:]
     sizes = np.empty(columns, np.float32)
     words = np.empty(columns, np.uint32)
-    zeros = 0
-    saturated = 0
-    signal = 0.0
-    noise = 0.0
     for i in range(start, stop):
+        zeros = 0
+        saturated = 0
+        signal = 0.0
+        noise = 0.0
         s = scale[i]
         for j in range(columns):
             x = abs(weights[i, j] / s)
@@ -169,13 +174,18 @@ def snap_rows(weights, scale, thresholds, buckets, values, vote_bits, out, sums,
             error = np.float64(abs(w)) - np.float64(sizes[j] * s)
             noise += error * error
             signal += np.float64(w) * np.float64(w)
-    sums[0] += zeros
-    sums[1] += saturated
-    sums[2] += signal
-    sums[3] += noise
+        sums[i, 0] = zeros
+        sums[i, 1] = saturated
+        sums[i, 2] = signal
+        sums[i, 3] = noise
 
 
-@numba.njit(nogil=True, cache=True)
+@team_of(snap_rows)
+def _snap_rows_team(rows, pieces, threads, *arguments):
+    return deal(snap_rows, arguments, rows, pieces, threads)
+
+
+@compiled()
 def all_below(rows, count):
     """Whether all row numbers, int64 ``(n,)``, lie in [0, count)."""
     inside = True
@@ -184,7 +194,7 @@ def all_below(rows, count):
     return inside
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def cast_rows(
     gradient,
     rows,
@@ -232,7 +242,12 @@ def cast_rows(
         sketch[i] += signed * sign
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@team_of(cast_rows)
+def _cast_rows_team(rows, pieces, threads, *arguments):
+    return deal(cast_rows, arguments, rows, pieces, threads)
+
+
+@compiled()
 def whisper_rows(gradient, rows, yardstick, gate, votes, sizes, squares, sign, start, stop):
     """One vote against the sign of what is louder than the gate, into ``votes``; adds to both row sums, int64."""
     one = np.float32(1 << WHISPER_BITS)
@@ -252,6 +267,11 @@ def whisper_rows(gradient, rows, yardstick, gate, votes, sizes, squares, sign, s
             squared += np.int64(size) * np.int64(size)
         sizes[i] += total * sign
         squares[i] += squared * sign
+
+
+@team_of(whisper_rows)
+def _whisper_rows_team(rows, pieces, threads, *arguments):
+    return deal(whisper_rows, arguments, rows, pieces, threads)
 
 
 @numba.njit(inline="always")
@@ -296,14 +316,12 @@ def _fade(votes, decay, carry, draw):
     return min(max(kept, -carry), carry)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
-    """Move indices by their votes and let these fade, in place; adds flips, travel, clipped to ``counts`` ``(3,)``."""
-    flips = np.int64(0)
-    travel = np.int64(0)
-    clipped = np.int64(0)
+    """Move indices by their votes and let these fade, in place. Flips, travel, clipped: ``counts`` ``(out, 3)``."""
     draws = np.empty(columns, np.uint32)
     for i in range(start, stop):
+        flips = travel = clipped = np.int64(0)
         step = stride[i]
         base = np.uint32(i * columns)
         _draws(draws, base, keys[0], keys[1])
@@ -323,21 +341,24 @@ def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, car
             m = np.int64(votes[i, j])
             # Nothing fades to nothing whatever is drawn: decay is at most 2^16 and the draw below that.
             votes[i, j] = _fade(m, decay, carry, draws[j]) if m != 0 else 0
-    counts[0] += flips
-    counts[1] += travel
-    counts[2] += clipped
+        counts[i, 0] = flips
+        counts[i, 1] = travel
+        counts[i, 2] = clipped
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@team_of(apply_rows)
+def _apply_rows_team(rows, pieces, threads, *arguments):
+    return deal(apply_rows, arguments, rows, pieces, threads)
+
+
+@compiled()
 def apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
     """The same of words that hold their own votes."""
     half = (np.int64(1) << bits) >> np.int64(1)
-    flips = np.int64(0)
-    travel = np.int64(0)
-    clipped = np.int64(0)
     draws = np.empty(columns, np.uint32)
     fades = np.empty(columns, np.uint32)
     for i in range(start, stop):
+        flips = travel = clipped = np.int64(0)
         step = stride[i]
         base = np.uint32(i * columns)
         _draws(draws, base, keys[0], keys[1])
@@ -354,21 +375,24 @@ def apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry
             flips += moved
             travel += way if moved else 0
             words[i, j] = (new << bits) + _fade(m, decay, carry, fades[j])
-    counts[0] += flips
-    counts[1] += travel
-    counts[2] += clipped
+        counts[i, 0] = flips
+        counts[i, 1] = travel
+        counts[i, 2] = clipped
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@team_of(apply_words)
+def _apply_words_team(rows, pieces, threads, *arguments):
+    return deal(apply_words, arguments, rows, pieces, threads)
+
+
+@compiled()
 def flip_rows(
     indices, votes, stride, fixed, columns, keys, threshold, jitter, chance, decay, carry, counts, start, stop
 ):
-    """Move the indices whose votes break through, in place; adds to ``counts`` as :func:`apply_rows`."""
+    """Move the indices whose votes break through, in place; ``counts`` as in :func:`apply_rows`."""
     top = np.int64(len(fixed) - 1)
-    flips = np.int64(0)
-    travel = np.int64(0)
-    clipped = np.int64(0)
     for i in range(start, stop):
+        flips = travel = clipped = np.int64(0)
         step = stride[i]
         base = np.uint32(i * columns)
         for j in range(columns):
@@ -396,70 +420,14 @@ def flip_rows(
                 votes[i, j] = 0
             else:
                 votes[i, j] = _fade(m, decay, carry, second >> np.uint32(16))
-    counts[0] += flips
-    counts[1] += travel
-    counts[2] += clipped
+        counts[i, 0] = flips
+        counts[i, 1] = travel
+        counts[i, 2] = clipped
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-PIECES = 4
-"""Into how many pieces rows are cut for each thread."""
-
-
-def run_rows(function: Callable[..., None], rows: int, elements: int, *arguments: object) -> None:
-    """Call a row kernel over all rows, on as many threads as torch is set to use.
-
-    The caller takes part, and rows are dealt out a few at a time to whoever is free: torch's own threads go on spinning
-    for a while after their work, and a helper that shares its core with one of them is slow, or has not begun when the
-    caller is done. Then it is not waited for.
-    """
-    global _pool, _pool_size
-    pieces = 1 + elements // 65536
-    threads = min(torch.get_num_threads(), rows, pieces)
-    if threads <= 1:
-        function(*arguments, 0, rows)
-        return
-    if _pool is None or _pool_size < threads:
-        _pool = ThreadPoolExecutor(threads, thread_name_prefix="ghost")
-        _pool_size = threads
-    pieces = min(pieces, rows, PIECES * threads)
-    # One iterator for all: next() of a list's is one step of the interpreter.
-    left = iter([(rows * p // pieces, rows * (p + 1) // pieces) for p in range(pieces)])
-
-    def work() -> None:
-        for start, stop in left:
-            function(*arguments, start, stop)
-
-    helpers = [_pool.submit(work) for _ in range(threads - 1)]
-    try:
-        work()
-    finally:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-os.register_at_fork(after_in_child=_forget_pool)
-
-
-def count_rows(function: Callable[..., None], indices: torch.Tensor, *arguments: object) -> tuple[int, int, int]:
-    """Run a row kernel that ends in (counts, start, stop) and add the counts up."""
-    parts: list[np.ndarray] = []
-
-    def run(start: int, stop: int) -> None:
-        counts = np.zeros(3, dtype=np.int64)
-        parts.append(counts)
-        function(*arguments, counts, start, stop)
-
-    run_rows(run, len(indices), indices.numel())
-    flips, travel, clipped = np.sum(parts, axis=0)
-    return int(flips), int(travel), int(clipped)
+@team_of(flip_rows)
+def _flip_rows_team(rows, pieces, threads, *arguments):
+    return deal(flip_rows, arguments, rows, pieces, threads)
 
 
 assert BUCKET_BITS == 15 and FIXED_BITS == 40 and DRAW_BITS == 28, "the compiled kernels spell these out"

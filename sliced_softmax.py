@@ -21,7 +21,8 @@ import torch
 
 import ghost_kernels_cuda as cuda_kernels
 from ghost_kernels import backend_for
-from ghost_kernels_cpu import as_float, run_rows
+from ghost_kernels_cpu import as_float
+from row_threads import compiled, deal, run_rows, team_of
 
 _LANES = 64
 _BLOCK = 1024
@@ -64,7 +65,7 @@ def _stored_typed(number, like):
 
 
 # Sums may be added up in any order, so that they vectorise.
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _observe_rows(logits, targets, first, top, total, picked, start, stop):
     columns = logits.shape[1]
     whole = columns // _LANES * _LANES
@@ -94,7 +95,12 @@ def _observe_rows(logits, targets, first, top, total, picked, start, stop):
             picked[i] = as_float(logits[i, place])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@team_of(_observe_rows)
+def _observe_rows_team(rows, pieces, threads, *arguments):
+    return deal(_observe_rows, arguments, rows, pieces, threads)
+
+
+@compiled(fastmath={"contract"})
 def _gradient_rows(logits, targets, first, norm, factor, start, stop):
     columns = logits.shape[1]
     row = np.empty(columns, np.float32)
@@ -108,6 +114,11 @@ def _gradient_rows(logits, targets, first, norm, factor, start, stop):
             row[place] -= share
         for j in range(columns):
             logits[i, j] = _stored(row[j], logits[i, j])
+
+
+@team_of(_gradient_rows)
+def _gradient_rows_team(rows, pieces, threads, *arguments):
+    return deal(_gradient_rows, arguments, rows, pieces, threads)
 
 
 def _numbers(logits: torch.Tensor) -> np.ndarray:

@@ -24,6 +24,7 @@ FLOORS = {
     "vote_evidence": 0,
     "vote_units": 0,
     "cuda_compiler": 0,
+    "row_threads": 0,
     "ghost_kernels_cpu": 1,
     "ghost_kernels_cuda": 1,
     "ghost_kernels_torch": 1,
