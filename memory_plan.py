@@ -132,6 +132,10 @@ def _step_lines(
     row = 4 * tokens * hidden
     graph = len(layers) if open_layers == len(layers) else open_layers
     kept = (graph if settings.gradient_checkpointing else 0) * row
+    heads = config.num_attention_heads
+    # A CPU keeps attention's results and the logarithms of its sums, see packed_attention.
+    again = 0 if settings.cuda else max(0, kept // row - 1)
+    attended = again * tokens * heads * (_head_size(config) * width + 4)
     layer = _layer_bytes(config, tokens, width)
     widest = max((_slice(g) for group in layers for g in group.grids.values()), default=0)
     # Gradients come in the type of the products and are read as float32.
@@ -159,19 +163,27 @@ def _step_lines(
     peak, where = max((layer_peak, "in a layer"), (head_peak, "in the head"))
     lines = [
         Line("layer inputs kept for the backward pass", kept, f"{graph if kept else 0} x {tokens} x {hidden} x 4"),
+        Line(
+            "attention kept for the backward pass",
+            attended,
+            f"{again} layers computed again",
+        ),
         Line("attention mask, hidden states", mask + 3 * row, ""),
         Line(f"activations and slices {where}", peak, "the larger of layer and head"),
     ]
     extra = math.ceil(ALLOWANCE * sum(line.bytes for line in lines))
-    return [*lines, Line("allocators", extra, f"an allowance, {ALLOWANCE:.0%} of the three lines above")]
+    return [*lines, Line("allocators", extra, f"an allowance, {ALLOWANCE:.0%} of the four lines above")]
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _layer_bytes(config: Any, tokens: int, width: int) -> int:
     """Activations of one decoder layer that its backward pass holds, with the gradients that meet them."""
     hidden = config.hidden_size
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * size, config.num_key_value_heads * size
+    size = _head_size(config)
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     # Norms work in float32 whatever the products do: input, normed, scaled, twice; residuals and their gradients.
     norms = 4 * tokens * hidden * 10
     attention = width * tokens * (6 * queries + 8 * keys)

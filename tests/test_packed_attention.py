@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import import_source, tiny_config, write_source
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import packed_attention
@@ -111,8 +113,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 def test_a_model_learns_the_same(pair: tuple[Any, Any], checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_attention, "HALVED", 30)
     calls: list[int] = []
-    row = packed_attention._row
-    monkeypatch.setattr(packed_attention, "_row", lambda *given: calls.append(1) or row(*given))
+    pieces = packed_attention._pieces
+    monkeypatch.setattr(packed_attention, "_pieces", lambda *given: calls.append(1) or pieces(*given))
     positions = positions_of([40, 1, 7, 16], [64])
     ids = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(5))
     results = []
@@ -123,13 +125,79 @@ def test_a_model_learns_the_same(pair: tuple[Any, Any], checkpointing: bool, mon
         loss, count = answer_loss(model, ids, ids, positions)
         loss.backward()
         results.append((loss, count, {n: p.grad for n, p in model.named_parameters()}))
-    # Two layers of two rows, and again where they are computed again.
-    assert len(calls) == (8 if checkpointing else 4)
+    # Two layers, and again where they are computed again.
+    assert len(calls) == (4 if checkpointing else 2)
     (mine, count, grads), (reference, other, wanted) = results
     assert count == other
     torch.testing.assert_close(mine, reference, rtol=1e-6, atol=0)
     for name, gradient in grads.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=2e-5 * float(wanted[name].abs().max()))
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of attention's kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "scaled_dot_product" in str(func):
+            self.calls["backward" if "backward" in str(func) else "forward"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("computed_once", [0, 1, 2])
+def test_what_is_computed_again_keeps_its_attention(
+    pair: tuple[Any, Any], computed_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits with and without; nothing is left behind, for layers without a gradient nothing begins to wait."""
+    monkeypatch.setattr(packed_attention, "HALVED", 30)
+    model = pair[0].train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    layers = model.model.layers
+    for layer in layers[len(layers) - computed_once :]:
+        layer.gradient_checkpointing = False
+    positions = positions_of([40, 1, 7, 16], [64])
+    ids = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(8))
+    results = []
+    for keeps in (True, False):
+        known = model_arguments(model, positions)
+        kept = known["kept"] = known["kept"] if keeps else None
+        model.zero_grad()
+        with Counted() as counted:
+            hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False, **known).last_hidden_state
+            # Five pieces of two halved documents and two short ones, twice: in rows of their own.
+            assert counted.calls["forward"] == 2 * (4 + 1 + 2)
+            assert kept is None or set(kept) == {0, 1}
+            hidden.square().sum().backward()
+        again = 0 if keeps else 2 - computed_once
+        assert counted.calls == {"forward": 7 * (2 + again), "backward": 14}
+        assert not kept
+        results.append([hidden.detach(), *(p.grad for p in model.model.parameters())])
+    assert all(map(torch.equal, *results))
+    known = model_arguments(model, positions)
+    model.requires_grad_(False)
+    layers[1].requires_grad_(True)
+    model.model(input_ids=ids, position_ids=positions, use_cache=False, **known)
+    assert set(known["kept"]) == {1}
+    known["kept"].clear()
+    with torch.no_grad():
+        model.model(input_ids=ids, position_ids=positions, use_cache=False, **known)
+    assert not known["kept"]
+
+
+def test_dropout_is_transformers_own(pair: tuple[Any, Any]) -> None:
+    positions = positions_of([40, 24])
+    ids = torch.randint(64, (1, 64), generator=torch.Generator().manual_seed(9))
+    losses = []
+    for model in pair:
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        torch.manual_seed(3)
+        losses.append(answer_loss(model.train(), ids, ids, positions)[0])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
 
 def test_without_documents_it_is_sdpa_to_the_bit(pair: tuple[Any, Any]) -> None:
