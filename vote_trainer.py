@@ -151,6 +151,9 @@ class VoteTrainer:
             # Nothing random is computed twice, unless attention drops something out.
             draws = getattr(model.config, "attention_dropout", 0.0) > 0
             enable({"use_reentrant": False, "preserve_rng_state": draws})
+            # transformers has the embedding's output want a gradient, for adapters: the backward pass would then come
+            # down through every layer, whichever of them is open.
+            model.disable_input_require_grads()
             # The backward pass reaches the top layer next: it would compute again what has just been there. Head and
             # layers have their peaks of memory at different times.
             model.model.layers[-1].gradient_checkpointing = False

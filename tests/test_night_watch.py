@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from string import ascii_lowercase
@@ -142,23 +143,31 @@ def test_locked_layers_never_move_and_cost_no_weight_gradient(make: Make, monkey
         floats = {n: p.detach().clone() for n, p in trainer.floats.items()}
 
 
-def test_the_backward_pass_stops_at_the_lowest_open_layer(make: Make) -> None:
-    """Hidden states below it want no gradient, and the tied embedding's lookup is silent until the bottom is open."""
-    trainer = make()
-    wants: list[bool] = []
-    layers = trainer.model.model.layers  # type: ignore[union-attr]
-    for layer in layers:  # type: ignore[union-attr]
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_backward_pass_stops_at_the_lowest_open_layer(make: Make, checkpointing: bool) -> None:
+    """Hidden states below it want no gradient and are computed once; the tied embedding's lookup is silent until the
+    bottom is open."""
+    trainer = make(gradient_checkpointing=checkpointing)
+    layers: Any = trainer.model.model.layers
+    begun: Counter[int] = Counter()
+    wants: dict[int, bool] = {}
+    for number, layer in enumerate(layers):
+        # Of an inner module: checkpointing goes around a layer's own hooks.
+        layer.self_attn.register_forward_pre_hook(lambda module, given, number=number: begun.update([number]))
         layer.register_forward_hook(
-            lambda module, inputs, output: wants.append(
-                (output[0] if isinstance(output, tuple) else output).requires_grad
-            )
+            lambda module, given, result, number=number: wants.update({number: result.requires_grad})
         )
-    expected = {0: [False, False, False], 2: [False, False, True], 4: [False, True, True], 6: [True, True, True]}
+    top = len(layers) - 1
+    open_layers = {0: 0, 2: 1, 4: 2, 6: 3}
     for step in range(7):
-        wants.clear()
+        begun.clear()
         trainer.step()
-        if step in expected:
-            assert wants[-3:] == expected[step], step
+        if step in open_layers:
+            lowest = len(layers) - open_layers[step]
+            assert wants == {number: number >= lowest for number in range(len(layers))}, step
+            # The top layer is never computed again.
+            again = {number for number in range(len(layers)) if begun[number] > begun[top]}
+            assert again == (set(range(lowest, top)) if checkpointing else set()), step
 
 
 def test_an_unlock_begins_from_nothing(make: Make) -> None:
