@@ -7,7 +7,7 @@ of a small model in bfloat16 that is a quarter of the time. Here each document i
 two: its first half sees itself, its second half all of it. The same sums, in another order.
 
 Gradient checkpointing computes a layer twice. Its attention need not be: what the first pass found waits for the second
-in ``kept``, a dictionary of the call of the model. In bfloat16 that is half as much again as checkpointing keeps of a
+in a :class:`Kept`, one for each call of the model. In bfloat16 that is half as much again as checkpointing keeps of a
 layer anyway, and saves a twentieth of a step of a small model.
 
 It is an attention implementation of transformers' registry. Without ``documents``, a keyword that reaches it from
@@ -25,6 +25,7 @@ costs what is saved (1,024 tokens in blocks of 128: half as long again as in one
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,23 @@ class Starts(NamedTuple):
 
     edges: torch.Tensor
     longest: int
+
+
+class Kept(dict[int, Any]):
+    """Results and sums of layers that are computed twice, by their number, for one call of a model."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self._block: torch.Tensor | None = None
+
+    def room(self, layer: int, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Memory for a layer's result, in one block for all: many that stay would leave a heap full of holes."""
+        size = math.prod(shape)
+        if self._block is None or len(self._block) != size * self.layers or self._block.dtype != like.dtype:
+            self._block = like.new_empty(size * self.layers)
+        # No view: autograd would take what is written for one layer for a change of all the others' results.
+        return like.new_empty(0).set_(self._block.untyped_storage(), layer * size, shape)  # type: ignore[call-overload]
 
 
 def starts_of(lengths: Sequence[Sequence[int]], capacity: int | None = None) -> list[int]:
@@ -80,7 +98,7 @@ def model_arguments(model: PreTrainedModel, position_ids: torch.Tensor) -> dict[
     if not serves(model) or position_ids.device.type not in ("cpu", "cuda"):
         return {"attention_mask": None}
     documents: Any = document_lengths(position_ids)
-    kept: dict[int, Any] | None = {}
+    kept: Kept | None = Kept(model.config.num_hidden_layers)
     if position_ids.device.type == "cuda":
         longest = max(itertools.chain.from_iterable(documents))
         documents = Starts(torch.tensor(starts_of(documents), dtype=torch.int32, device=position_ids.device), longest)
@@ -102,7 +120,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     documents: Sequence[Sequence[int]] | Starts | None = None,
-    kept: dict[int, Any] | None = None,
+    kept: Kept | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' models call it.
@@ -113,8 +131,7 @@ def attend(
         attention_mask: for ``sdpa``; not looked at where documents are given.
         documents: lengths of each row's documents, on a card where they begin; each token sees its own document up to
             itself.
-        kept: where a layer that is computed twice leaves its result, by the layer's number; empty before the first
-            layer, one for each call of the model. Mutated.
+        kept: where a layer that is computed twice leaves its result; one for each call of the model. Mutated.
 
     Returns:
         ``(batch, tokens, heads, size)``, and no weights.
@@ -183,16 +200,18 @@ def _pieces(documents: Sequence[Sequence[int]]) -> list[_Piece]:
 class _ByPieces(torch.autograd.Function):
     """Attention of pieces that together hold every query once, ``(batch, heads, tokens, size)`` throughout.
 
-    ``place`` is a dictionary and a key: what is found there is not computed, what is not is left there.
+    ``place`` is a :class:`Kept` and a layer: what is found there is not computed, what is not is left there.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, pieces: Sequence[_Piece], scale: float | None, place: tuple[dict, int] | None):
+    def forward(ctx, query, key, value, pieces: Sequence[_Piece], scale: float | None, place: tuple[Kept, int] | None):
         ctx.pieces, ctx.scale, ctx.place = pieces, scale, place
         found = None if place is None else place[0].pop(place[1], None)
         if found is None:
             batch, heads, tokens, size = query.shape
-            out, sums = query.new_empty(batch, tokens, heads, size).transpose(1, 2), []
+            shape = (batch, tokens, heads, size)
+            out = (query.new_empty(shape) if place is None else place[0].room(place[1], query, shape)).transpose(1, 2)
+            sums = []
             for piece in pieces:
                 q = query[piece.rows, :, piece.queries]
                 k, v = (t[piece.rows, :, piece.keys] for t in (key, value))
