@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -87,11 +88,17 @@ def make_deterministic(device: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+KEPT_FREED = 1.5
+"""How many times what it needs a process may take that keeps what it frees: 1.2 at 1.5 B weights, 1.4 at 0.1 B."""
+
+
 def return_freed_memory(threshold: int = 1 << 20) -> bool:
     """Make glibc take blocks from ``threshold`` bytes up from the system and give each back when it is freed.
 
     Left alone it raises that size to 32 MB as it goes, keeps smaller blocks in a heap full of holes, and a training
-    process on the CPU grows to a third more than it uses. To be called before the first large tensor.
+    process on the CPU grows to a fifth or a third more than it uses. But every block that is new costs the system's
+    pages: a step of 0.1 B weights takes a third longer, one of 1.5 B half as long again. To be called before the first
+    large tensor.
 
     Returns:
         Whether the C library knows how (glibc does; others manage on their own).
@@ -102,6 +109,17 @@ def return_freed_memory(threshold: int = 1 << 20) -> bool:
         return False
     mmap_threshold, trim_threshold = -3, -1
     return bool(mallopt(mmap_threshold, threshold)) and bool(mallopt(trim_threshold, threshold))
+
+
+def trim_memory() -> None:
+    """Have glibc give back what it keeps of freed memory now; nothing where the C library does not know how."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def may_keep_freed_memory(need: int, available: int) -> bool:
+    """Whether a process that needs so many bytes of the available ones has room to keep what it frees."""
+    return KEPT_FREED * need <= available
 
 
 def memory_total(device: str) -> int:
@@ -117,7 +135,7 @@ def memory_total(device: str) -> int:
 
 def memory_available(device: str) -> int:
     """Bytes that a new allocation may take without pushing anything out: of the device, or of the machine for the CPU
-    (by the kernel's own estimate, where there is one, and within a container's limit)."""
+    (by the kernel's own estimate, where there is one, and within a container's and the process's limits)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = memory_total(device)
@@ -128,6 +146,11 @@ def memory_available(device: str) -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if used.is_file() and limit.is_file() and (text := limit.read_text().strip()).isdigit():
         available = min(available, max(0, int(text) - int(used.read_text())))
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    size = Path("/proc/self/statm")
+    if address_space != resource.RLIM_INFINITY and size.is_file():
+        taken = int(size.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        available = min(available, max(0, address_space - taken))
     return available
 
 

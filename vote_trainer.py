@@ -42,7 +42,7 @@ from night_shift import (
     layer_groups,
 )
 from packed_batches import Batch, PackedBatches
-from prime_device import is_out_of_memory
+from prime_device import is_out_of_memory, trim_memory
 from qwen_prime_wrapper import answer_loss, copy_tensors, model_tensors
 from training_recipe import Recipe, TrainError, default_rate, learning_rate
 from vote_evidence import Hearing
@@ -524,6 +524,7 @@ class VoteTrainer:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        trim_memory()
 
     def _probe(self, events: list[tuple[str, dict[str, Any]]]) -> None:
         """Run a full row of answers forward and backward with weight gradients that nobody counts, in ever smaller

@@ -155,7 +155,7 @@ def worker(folder: Path) -> int:
 
     train: Any = qwen_prime_train
     # A small model's blocks are small: they too must go back when they are freed, or a limit bites on nothing.
-    train.return_freed_memory = lambda: prime_device.return_freed_memory(1 << 18)
+    train.settle_memory = lambda config, checkpoint: prime_device.return_freed_memory(1 << 18)
     Accidents()
     return train.main(settings(folder))
 

@@ -91,6 +91,21 @@ def test_memory_of_this_machine() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_limit_of_the_process_is_what_is_available() -> None:
+    code = (
+        "import sys; sys.path.insert(0, {root!r}); import prime_device, resource\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), resource.RLIM_INFINITY))\n"
+        "assert 32 << 20 < prime_device.memory_available('cpu') <= 64 << 20\n"
+    )
+    subprocess.run([sys.executable, "-c", code.format(root=str(ROOT))], check=True, timeout=120)
+
+
+def test_freed_memory_is_kept_where_there_is_plenty() -> None:
+    assert device.may_keep_freed_memory(2, 3) and not device.may_keep_freed_memory(1000, 1499)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_goes_back() -> None:
     """Blocks of 8 MB with small ones between them: left alone they would stay in the heap."""
     code = (
@@ -106,5 +121,24 @@ def test_freed_memory_goes_back() -> None:
         "blocks = [torch.ones(1 << 21) for _ in range(40)]\n"
         "del blocks\n"
         "assert now() - before < 20e6, now() - before\n"
+    )
+    subprocess.run([sys.executable, "-c", code.format(root=str(ROOT))], check=True, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_kept_can_be_given_back() -> None:
+    code = (
+        "import sys; sys.path.insert(0, {root!r}); import prime_device, torch, os\n"
+        "page = os.sysconf('SC_PAGE_SIZE')\n"
+        "now = lambda: int(open('/proc/self/statm').read().split()[1]) * page\n"
+        # A freed block of 32 MB has glibc keep what is smaller.
+        "del [torch.ones(1 << 22), torch.ones(1 << 22)][:]\n"
+        "blocks, small = [], []\n"
+        "for _ in range(40):\n"
+        "    blocks.append(torch.ones(1 << 20)); small.append(torch.ones(300))\n"
+        "before = now()\n"
+        "del blocks\n"
+        "prime_device.trim_memory()\n"
+        "assert before - now() > 120e6, before - now()\n"
     )
     subprocess.run([sys.executable, "-c", code.format(root=str(ROOT))], check=True, timeout=120)

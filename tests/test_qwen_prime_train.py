@@ -534,6 +534,22 @@ def test_memory_that_is_really_gone_makes_rows_shorter(init: Path, tmp_path: Pat
     assert cut["micro_batches"] == complete if complete else cut["micro_batches"] > 2
 
 
+@pytest.mark.parametrize("room", [1.4, 1.6])
+def test_freed_memory_is_given_back_where_it_is_short(
+    quick: train.TrainConfig, room: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By what ``--plan`` says the run needs, beside what there is."""
+    checkpoint = load_checkpoint(quick.checkpoint)
+    model = model_from_checkpoint(checkpoint)
+    need = train.memory_plan.total(train.memory_plan.budget(model, train.plan_settings(quick)))
+    calls: list[int] = []
+    monkeypatch.setattr(train, "memory_available", lambda device: int(room * need))
+    monkeypatch.setattr(train, "return_freed_memory", lambda: calls.append(1) or True)
+    with caplog.at_level("INFO"):
+        train.settle_memory(quick, checkpoint)
+    assert len(calls) == (room < 1.5) and ("memory is short" in caplog.text) == (room < 1.5)
+
+
 def test_plan_needs_no_data_and_trains_nothing(quick: train.TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     plan = train.TrainConfig(checkpoint=quick.checkpoint, plan=True, memory=1.0, device="cpu")
     assert train.main(plan) == 0
