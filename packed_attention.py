@@ -62,6 +62,21 @@ class Kept(dict[int, Any]):
         self.layers = layers
         self._block: torch.Tensor | None = None
 
+    def opens(self, layer: int) -> bool:
+        """Whether a layer's first pass may leave its result; where it ran before, whose result it is could not be told,
+        and neither is kept."""
+        if layer in self:
+            self[layer] = None
+            return False
+        return True
+
+    def close(self, layer: int) -> None:
+        """A layer's backward pass has come by."""
+        self.pop(layer, None)
+        if not self:
+            # What still needs its part holds the memory itself.
+            self._block = None
+
     def room(self, layer: int, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Memory for a layer's result, in one block for all: many that stay would leave a heap full of holes."""
         size = math.prod(shape)
@@ -146,14 +161,22 @@ def attend(
         if flash_serves(query):
             return _flash(query, key, value, documents, options), None
         return sdpa_attention_forward(module, query, key, value, _mask(documents.edges, query), **options)
+    batch, _, tokens, _ = query.shape
+    if len(documents) not in (1, batch) or any(sum(lengths) != tokens for lengths in documents):
+        raise ValueError(
+            f"documents of {documents} tokens, expected {tokens} in each of {batch} rows, or in one for all"
+        )
     if options.get("dropout"):
-        edges = torch.tensor(starts_of(documents))
+        edges = torch.tensor(starts_of([*documents] * (batch // len(documents))))
         return sdpa_attention_forward(module, query, key, value, _mask(edges, query), **options)
     groups = query.shape[1] // key.shape[1]
-    tensors = (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    tensors = [query, repeat_kv(key, groups), repeat_kv(value, groups)]
+    # The kernel is called without what torch looks at before it is.
+    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
     place = None
     if kept is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        place = (kept, int(module.layer_idx))  # type: ignore[arg-type]
+        layer = getattr(module, "layer_idx", None)
+        place = None if layer is None else (kept, int(layer))
     return _ByPieces.apply(*tensors, _pieces(documents), options.get("scaling"), place).transpose(1, 2), None
 
 
@@ -206,11 +229,14 @@ class _ByPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, pieces: Sequence[_Piece], scale: float | None, place: tuple[Kept, int] | None):
         ctx.pieces, ctx.scale, ctx.place = pieces, scale, place
-        found = None if place is None else place[0].pop(place[1], None)
+        # In a backward pass this is a layer's second time.
+        again = torch._C._current_graph_task_id() != -1
+        found = place[0].pop(place[1], None) if place is not None and again else None
+        keeps = place is not None and not again and place[0].opens(place[1])
         if found is None:
             batch, heads, tokens, size = query.shape
             shape = (batch, tokens, heads, size)
-            out = (query.new_empty(shape) if place is None else place[0].room(place[1], query, shape)).transpose(1, 2)
+            out = (place[0].room(place[1], query, shape) if place and keeps else query.new_empty(shape)).transpose(1, 2)
             sums = []
             for piece in pieces:
                 q = query[piece.rows, :, piece.queries]
@@ -220,7 +246,7 @@ class _ByPieces(torch.autograd.Function):
                 )
                 out[piece.rows, :, piece.queries] = part
                 sums.append(logs)
-            if place is not None:
+            if place and keeps:
                 place[0][place[1]] = (out.detach(), sums)
         else:
             out, sums = found
@@ -232,7 +258,7 @@ class _ByPieces(torch.autograd.Function):
         query, key, value, out, *sums = ctx.saved_tensors
         if ctx.place is not None:
             # A layer that was computed once has left its result for nobody.
-            ctx.place[0].pop(ctx.place[1], None)
+            ctx.place[0].close(ctx.place[1])
         gradient = gradient.contiguous() if gradient.stride(-1) != 1 else gradient
         below = [torch.empty_like(t) for t in (query, key, value)]
         for piece, logs in zip(ctx.pieces, sums, strict=True):

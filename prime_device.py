@@ -145,7 +145,11 @@ def memory_available(device: str) -> int:
         available = min(available, int(lines["MemAvailable"].split()[0]) * 1024)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if used.is_file() and limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, max(0, int(text) - int(used.read_text())))
+        # Cached files count as used, and make room where it is wanted.
+        counts = used.with_name("memory.stat")
+        found = dict(line.split() for line in counts.read_text().splitlines()) if counts.is_file() else {}
+        taken = int(used.read_text()) - sum(int(found.get(f"{kind}_file", 0)) for kind in ("inactive", "active"))
+        available = min(available, max(0, int(text) - taken))
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     size = Path("/proc/self/statm")
     if address_space != resource.RLIM_INFINITY and size.is_file():

@@ -56,6 +56,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return numba.njit(nogil=True, cache=True, error_model="numpy", **options)
 
 
+# Machine code of this is kept in the caches of the files whose kernels are dealt out: they have to be touched too when
+# it changes.
 def _deal_typed(typing_context, kernel, arguments, rows, pieces, threads):
     def code(context, builder, signature, values):
         number, word, byte = llvmlite.ir.IntType(64), llvmlite.ir.IntType(32), llvmlite.ir.IntType(8).as_pointer()
@@ -138,9 +140,10 @@ def run_rows(kernel: Callable[..., None], rows: int, elements: int, *arguments: 
     Raises:
         MemoryError: there was none for a row; which rows are done is then unknown.
     """
-    wanted = 1 + elements // SMALLEST
-    threads = max(1, min(torch.get_num_threads(), rows, wanted))
-    pieces = min(wanted, rows, PIECES * threads) if threads > 1 else 1
+    wanted = min(1 + elements // SMALLEST, rows)
+    # All of torch's threads or none: OpenMP ends those that a smaller team leaves over, and has to make them again.
+    threads = torch.get_num_threads() if wanted > 1 else 1
+    pieces = min(wanted, PIECES * threads) if threads > 1 else 1
     if RUNS_IN == "pool":
         _run_in_pool(kernel, rows, pieces, threads, arguments)
     elif _teams[kernel](rows, pieces, threads, *arguments):
@@ -163,7 +166,7 @@ def _run_in_pool(kernel: Callable[..., None], rows: int, pieces: int, threads: i
             kernel(*arguments, start, stop)
 
     # A helper that has not begun when nothing is left is not waited for.
-    helpers = [_pool.submit(work) for _ in range(threads - 1)]
+    helpers = [_pool.submit(work) for _ in range(min(threads, pieces) - 1)]
     try:
         work()
     finally:

@@ -188,9 +188,63 @@ def test_what_is_computed_again_keeps_its_attention(
     assert not known["kept"]
 
 
-def test_dropout_is_transformers_own(pair: tuple[Any, Any]) -> None:
+def test_nobody_takes_anothers_attention(pair: tuple[Any, Any]) -> None:
+    """The same keywords for two calls, a layer that stands in two places: what was found could be either's."""
     positions = positions_of([40, 24])
-    ids = torch.randint(64, (1, 64), generator=torch.Generator().manual_seed(9))
+    first, second = torch.randint(64, (2, 1, 64), generator=torch.Generator().manual_seed(10))
+    results = []
+    for shared in (True, False):
+        model = pair[0].train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.model.layers[1] = model.model.layers[0]
+        model.zero_grad()
+        known = model_arguments(model, positions)
+        losses = []
+        for ids in (first, second):
+            given = known if shared else {**known, "kept": None}
+            hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False, **given).last_hidden_state
+            losses.append(hidden.square().sum())
+        sum(losses).backward()
+        assert not known["kept"]
+        results.append([*(x.detach() for x in losses), *(p.grad for p in model.model.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+def test_what_attention_keeps_is_gone_with_the_backward_pass(pair: tuple[Any, Any]) -> None:
+    """Also while somebody holds the loss."""
+    positions = positions_of([64])
+    ids = torch.randint(64, (1, 64), generator=torch.Generator().manual_seed(11))
+    model = pair[0].train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    known = model_arguments(model, positions)
+    loss = model.model(input_ids=ids, position_ids=positions, use_cache=False, **known).last_hidden_state.sum()
+    assert known["kept"]._block is not None
+    loss.backward()
+    assert known["kept"]._block is None
+
+
+def test_documents_that_are_not_the_rows_are_refused() -> None:
+    q = torch.randn(2, 2, 6, 8)
+    module = torch.nn.Module()
+    for documents in (((5,), (6,)), ((5,),), ((6,), (6,), (6,))):
+        with pytest.raises(ValueError, match="expected 6 in each of 2 rows"):
+            attend(module, q, q, q, None, documents=documents)
+
+
+def test_numbers_may_lie_in_any_order() -> None:
+    q, k, v = (torch.randn(1, 2, 8, 5, dtype=torch.float64).transpose(2, 3).requires_grad_() for _ in range(3))
+    upstream = torch.randn(1, 5, 2, 8, dtype=torch.float64)
+    module = torch.nn.Module()
+    found = []
+    for tensors in ((q, k, v), [t.detach().contiguous().requires_grad_() for t in (q, k, v)]):
+        out, _ = attend(module, *tensors, None, documents=((2, 3),))
+        found.append([out.detach(), *torch.autograd.grad(out, tensors, upstream)])
+    assert all(map(torch.equal, *found))
+
+
+def test_dropout_is_transformers_own(pair: tuple[Any, Any]) -> None:
+    positions = positions_of([40, 24]).expand(2, -1)
+    ids = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(9))
     losses = []
     for model in pair:
         for layer in model.model.layers:

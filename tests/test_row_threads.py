@@ -120,6 +120,23 @@ def test_threads_of_python_have_teams_of_their_own(way: str) -> None:
     assert len(found) == 60 and all((counts == 1).all() for counts in found)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchs_threads_outlive_a_small_kernel() -> None:
+    """OpenMP ends threads that a smaller team has no use for; making them again takes longer than any kernel."""
+    if row_threads.RUNS_IN != "team":
+        pytest.skip("torch has no OpenMP here whose team can be entered")
+    torch.set_num_threads(4)
+    torch.ones(1 << 22).add_(1)
+    before = set(os.listdir("/proc/self/task"))
+    counts = np.zeros(4000, np.int64)
+    for elements in (10, row_threads.SMALLEST, 1 << 24):
+        run_rows(_count, 4000, elements, counts, 1)
+        assert set(os.listdir("/proc/self/task")) == before
+    torch.ones(1 << 22).add_(1)
+    assert set(os.listdir("/proc/self/task")) == before and (counts == 3).all()
+    torch.set_num_threads(1)
+
+
 def test_a_forked_process_has_the_pool() -> None:
     """OpenMP waits for ever for the threads that only its parent has."""
     torch.set_num_threads(2)
