@@ -153,11 +153,12 @@ def attend(
     """
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        # Rotation left queries and keys in the type of the positions; torch's own attention is cast unasked.
+    # Rotation leaves queries and keys in the type of the positions; torch's own attention is cast unasked.
+    narrow = query.dtype
+    if torch.is_autocast_enabled(query.device.type) and narrow != torch.float64:
         narrow = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if isinstance(documents, Starts):
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
         if flash_serves(query):
             return _flash(query, key, value, documents, options), None
         return sdpa_attention_forward(module, query, key, value, _mask(documents.edges, query), **options)
@@ -177,7 +178,8 @@ def attend(
     if kept is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         layer = getattr(module, "layer_idx", None)
         place = None if layer is None else (kept, int(layer))
-    return _ByPieces.apply(*tensors, _pieces(documents), options.get("scaling"), place).transpose(1, 2), None
+    settings = (narrow, options.get("scaling"))
+    return _ByPieces.apply(*tensors, _pieces(documents), settings, place).transpose(1, 2), None
 
 
 class _Piece(NamedTuple):
@@ -223,12 +225,17 @@ def _pieces(documents: Sequence[Sequence[int]]) -> list[_Piece]:
 class _ByPieces(torch.autograd.Function):
     """Attention of pieces that together hold every query once, ``(batch, heads, tokens, size)`` throughout.
 
-    ``place`` is a :class:`Kept` and a layer: what is found there is not computed, what is not is left there.
+    ``settings`` are the type to compute in and the scale. What comes is cast here, so that gradients of halves, and of
+    keys that several heads share, are added up in the type of what came. ``place`` is a :class:`Kept` and a layer: what
+    is found there is not computed, what is not is left there.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, pieces: Sequence[_Piece], scale: float | None, place: tuple[Kept, int] | None):
+    def forward(ctx, query, key, value, pieces: Sequence[_Piece], settings, place: tuple[Kept, int] | None):
+        narrow, scale = settings
         ctx.pieces, ctx.scale, ctx.place = pieces, scale, place
+        ctx.kinds = [t.dtype for t in (query, key, value)]
+        query, key, value = (t.to(narrow) for t in (query, key, value))
         # In a backward pass this is a layer's second time.
         again = torch._C._current_graph_task_id() != -1
         found = place[0].pop(place[1], None) if place is not None and again else None
@@ -260,7 +267,7 @@ class _ByPieces(torch.autograd.Function):
             # A layer that was computed once has left its result for nobody.
             ctx.place[0].close(ctx.place[1])
         gradient = gradient.contiguous() if gradient.stride(-1) != 1 else gradient
-        below = [torch.empty_like(t) for t in (query, key, value)]
+        below = [torch.empty_like(t, dtype=kind) for t, kind in zip((query, key, value), ctx.kinds, strict=True)]
         for piece, logs in zip(ctx.pieces, sums, strict=True):
             up, q, o = (t[piece.rows, :, piece.queries] for t in (gradient, query, out))
             k, v = (t[piece.rows, :, piece.keys] for t in (key, value))

@@ -223,6 +223,29 @@ def test_what_attention_keeps_is_gone_with_the_backward_pass(pair: tuple[Any, An
     assert known["kept"]._block is None
 
 
+def test_under_autocast_it_is_torchs_own_attention_to_the_bit() -> None:
+    """Queries and keys come in float32 from their rotation: gradients of shared heads and of halves are added up so."""
+    draw = torch.Generator().manual_seed(12)
+    q, k, v = (torch.randn(1, heads, 400, 8, generator=draw) for heads in (6, 2, 2))
+    given = [t.requires_grad_() for t in (q, k, v.bfloat16())]
+    upstream = torch.randn(1, 400, 6, 8, generator=draw).bfloat16()
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3  # type: ignore[assignment]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attend(module, *given, None, documents=((400,),), kept=packed_attention.Kept(1))
+        q, k, v = given[0], *(t.repeat_interleave(3, 1) for t in given[1:])
+        own = torch.nn.functional.scaled_dot_product_attention
+        first = own(q[:, :, :200], k[:, :, :200], v[:, :, :200], is_causal=True)
+        seen = torch.ones(200, 400, dtype=torch.bool).tril(200)
+        second = own(q[:, :, 200:], k, v, attn_mask=seen)
+        expected = torch.cat([first, second], 2).transpose(1, 2)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    for mine, reference in zip(
+        torch.autograd.grad(out, given, upstream), torch.autograd.grad(expected, given, upstream), strict=True
+    ):
+        assert mine.dtype == reference.dtype and torch.equal(mine, reference)
+
+
 def test_documents_that_are_not_the_rows_are_refused() -> None:
     q = torch.randn(2, 2, 6, 8)
     module = torch.nn.Module()
