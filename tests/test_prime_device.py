@@ -105,13 +105,18 @@ def test_freed_memory_is_kept_where_there_is_plenty() -> None:
     assert device.may_keep_freed_memory(2, 3) and not device.may_keep_freed_memory(1000, 1499)
 
 
+RESIDENT = """
+import sys; sys.path.insert(0, {root!r}); import prime_device, torch, os
+page = os.sysconf('SC_PAGE_SIZE')
+now = lambda: int(open('/proc/self/statm').read().split()[1]) * page
+"""
+"""Begins a process that asks for its own resident bytes."""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_goes_back() -> None:
     """Blocks of 8 MB with small ones between them: left alone they would stay in the heap."""
-    code = (
-        "import sys; sys.path.insert(0, {root!r}); import prime_device, torch, os\n"
-        "page = os.sysconf('SC_PAGE_SIZE')\n"
-        "now = lambda: int(open('/proc/self/statm').read().split()[1]) * page\n"
+    code = RESIDENT + (
         "assert prime_device.return_freed_memory()\n"
         "torch.ones(1 << 23); torch.ones(1 << 22)\n"
         "before = now()\n"
@@ -127,10 +132,7 @@ def test_freed_memory_goes_back() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_was_kept_can_be_given_back() -> None:
-    code = (
-        "import sys; sys.path.insert(0, {root!r}); import prime_device, torch, os\n"
-        "page = os.sysconf('SC_PAGE_SIZE')\n"
-        "now = lambda: int(open('/proc/self/statm').read().split()[1]) * page\n"
+    code = RESIDENT + (
         # A freed block of 32 MB has glibc keep what is smaller.
         "del [torch.ones(1 << 22), torch.ones(1 << 22)][:]\n"
         "blocks, small = [], []\n"
