@@ -1,7 +1,8 @@
 """The command line that all scripts share: a frozen dataclass becomes the flags, known errors become one line.
 
 Exit codes: what ``main`` returns; 1 for an error that a script declares as its own; 2 for bad usage (tyro's, which
-suggests the nearest flag, or a value that the config's ``__post_init__`` refuses).
+suggests the nearest flag, or a value that the config's ``__post_init__`` refuses); 141 where nobody reads the output
+any more.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +38,40 @@ def run(
         config_class: a dataclass, or a union of dataclasses that are subcommands.
         errors: those whose message is meant for the user.
     """
+    try:
+        code = _run(config_class, main, errors, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return READER_GONE
+    return code
+
+
+READER_GONE = 141
+"""Exit code where whoever read the output has stopped reading (``--help | head``): 128 + SIGPIPE, as a shell says."""
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads to a closed pipe; if so, what is left of it goes nowhere from now on."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    watch = select.poll()
+    watch.register(output, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
+def _run(
+    config_class: Any,
+    main: Callable[[Any], int],
+    errors: tuple[type[Exception], ...],
+    arguments: Sequence[str] | None,
+) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Harmless("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -49,6 +86,8 @@ def run(
     try:
         return main(config)
     except errors as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return READER_GONE
         # A message quotes what it complains of: rows, names, what a library says of them over several lines.
         print(f"error: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
         return 1

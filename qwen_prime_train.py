@@ -3,87 +3,62 @@
     python qwen_prime_train.py --checkpoint coder_prime_init.pt --data records.jsonl --output-dir runs/coder
     python qwen_prime_train.py --checkpoint coder_prime_init.pt --plan
 
-The step is in ``vote_trainer.py``, what watches over it in ``night_shift.py``; this script reads records, writes
-statistics, samples and checkpoints, returns to a checkpoint when the sentinel says so, and stops well. ``--resume``
+The step is in ``vote_trainer.py``, what watches over it in ``night_shift.py``, what is done between steps in
+``training_session.py``; this script brings a checkpoint, data and a folder together and begins or goes on. ``--resume``
 goes on bit for bit. ``--plan`` says what a run needs of which memory, and trains nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import signal
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import core_eval
 import manifolds
 import memory_plan
 import prime_cli
-from answer_masks import EncodedSet
 from ghost_core import grids_of
 from ghost_grid import GhostError
-from night_shift import (
-    AntigravitySentinel,
-    LayerPeel,
-    MemoryContingency,
-    NightShiftError,
-    PeelError,
-    Shape,
-    TrainingGovernor,
-    Verdict,
-)
-from packed_batches import PackedBatches, evaluation_batches
-from prime_checkpoint import CheckpointError, created_by, load_checkpoint, recorded_hash
+from night_shift import LayerPeel, NightShiftError, PeelError
+from packed_batches import PackedBatches
+from prime_checkpoint import CheckpointError, created_by, load_checkpoint
 from prime_device import (
     GIB,
     DeviceError,
     check_device,
-    is_out_of_memory,
     make_deterministic,
     may_keep_freed_memory,
     memory_available,
-    memory_peak,
     memory_total,
     return_freed_memory,
 )
-from prime_telemetry import RunLog, this_process
+from prime_telemetry import this_process
 from qwen_prime_wrapper import (
     ModelError,
     build_model,
-    continue_texts,
     manifold_of,
     manifold_record,
-    mean_answer_loss,
     model_from_checkpoint,
     tokenizer_from_checkpoint,
 )
 from run_folder import RunFolder, RunLocked, run_name
 from text_records import DataError
 from training_data import DataSettings, TrainingData, open_data
-from training_recipe import Recipe, TrainError
-from vote_guard import VoteGuard
+from training_recipe import TrainError
+from training_session import RunSettings, Session
 from vote_rules import RuleError
-from vote_trainer import NightWatch, StepResult, VotesLost, VoteTrainer
-from whole_output import write_whole
+from vote_trainer import VoteTrainer
 
 log = logging.getLogger("train")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Recipe, DataSettings):
-    """Fine-tune a PRIME checkpoint by integer votes."""
+class RunFiles:
+    """What a run reads and where it writes."""
 
     checkpoint: Path
     """Where to start: NAME_prime_init.pt, or a training checkpoint."""
@@ -94,38 +69,6 @@ class TrainConfig(Recipe, DataSettings):
     """The run's folder: config, statistics, events, samples and checkpoints."""
     eval_data: str | None = None
     """What to score, in the same forms; by default what --data holds out itself, else a share of it (--hold-out)."""
-    seq_len: int = 512
-    """Tokens in a packed row."""
-    batch_size: int = 1
-    """Rows in a micro-batch."""
-    peel: str = "none"
-    """Which layers are open when: none (all of them, from the first step), v7 (the head alone until step 200, then two
-    layers every 50 steps from the top) or START:EVERY:LAYERS."""
-    peel_window: int | None = None
-    """Most layers open at a time: the window rolls down the model by the schedule of --peel."""
-    governor: bool = True
-    """Brake layers that move too fast."""
-    governor_limit: float | None = None
-    """What is too fast, by default 0.02 of the mean weight in a step, for the rules of whisper votes 0.0005 flips."""
-    unseconded_max: int = 1000
-    """Steps over whose mean votes must agree with fresh gradients better than shuffled votes do, unless the held-out
-    loss still falls; otherwise the run ends. 0: never."""
-    shortest_seq_len: int = 256
-    """Where memory runs out rows shorten, not below this."""
-    eval_every: int = 50
-    """Steps between held-out evaluations; 0 evaluates only before the first step and at the end."""
-    sample_every: int = 100
-    """Steps between sample generations, and one at the end; 0 for none."""
-    samples: int = 2
-    """How many held-out prompts are continued."""
-    sample_tokens: int = 48
-    """Tokens of a continuation."""
-    core_eval: bool = True
-    """A tiny evaluation beside each save and the whole suite of prompts at the end: EVAL_name_step.json."""
-    save_every: int = 100
-    """Steps between checkpoints; the last step always has one."""
-    keep_last: int = 3
-    """How many of the run's checkpoints to keep, beside the best."""
     resume: bool = False
     """Go on from the newest checkpoint of --output-dir."""
     plan: bool = False
@@ -133,41 +76,20 @@ class TrainConfig(Recipe, DataSettings):
     memory: float | None = None
     """For --plan: GiB of the card; by default those of --device."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataSettings, RunSettings, RunFiles):
+    """Fine-tune a PRIME checkpoint by integer votes."""
+
+    # The bases are written from the last to the first, as --help lists their fields.
+
     def __post_init__(self) -> None:
-        Recipe.__post_init__(self)
+        RunSettings.__post_init__(self)
         DataSettings.__post_init__(self)
-        for name in ("seq_len", "batch_size", "save_every", "keep_last", "samples", "sample_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("eval_every", "sample_every", "unseconded_max"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
-        if self.shortest_seq_len < 2:
-            raise ValueError(f"shortest-seq-len is {self.shortest_seq_len}, expected at least 2")
         if self.memory is not None and not self.memory > 0:
             raise ValueError(f"memory is {self.memory}, expected GiB above 0")
         if not self.plan and (self.data is None or self.output_dir is None):
             raise ValueError("training needs --data and --output-dir (only --plan does not)")
-        LayerPeel.parse(self.peel, self.peel_window)
-        if self.governor:
-            TrainingGovernor.for_rule(self.vote_rule, self.governor_limit)
-
-    def shape(self) -> Shape:
-        """Size of a step."""
-        return Shape(self.seq_len, self.batch_size, self.grad_accum)
-
-    def watch(self) -> NightWatch:
-        """Who watches this run."""
-        return NightWatch(
-            LayerPeel.parse(self.peel, self.peel_window),
-            AntigravitySentinel(),
-            TrainingGovernor.for_rule(self.vote_rule, self.governor_limit) if self.governor else None,
-            MemoryContingency(self.shape(), self.shortest_seq_len),
-            VoteGuard(unseconded_max=self.unseconded_max),
-        )
-
-
-# -- what a run reads -------------------------------------------------------------------------------------------------
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -188,323 +110,6 @@ def make_compact(model: PreTrainedModel, checkpoint: dict[str, Any]) -> dict[str
         *(checkpoint["manifold"]["name"], reports[lowest].snr_db, lowest),
     )
     return {**checkpoint, "manifold": manifold_record(target)}
-
-
-# -- a run ------------------------------------------------------------------------------------------------------------
-
-
-class _StopFlag:
-    """Set by SIGINT and SIGTERM; a second signal has its ordinary effect."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self._before = {s: signal.signal(s, self._set) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class Session:
-    """One process's part of a run: steps, evaluations, samples, statistics, checkpoints, returns.
-
-    Args:
-        base: the checkpoint whose config, tokenizer, manifold and source every checkpoint of the run repeats.
-        held: held-out documents, or None.
-        folder: locked.
-    """
-
-    def __init__(
-        self,
-        trainer: VoteTrainer,
-        config: TrainConfig,
-        base: dict[str, Any],
-        held: EncodedSet | None,
-        tokenizer: PreTrainedTokenizerBase,
-        best: dict[str, Any] | None,
-        folder: RunFolder,
-    ) -> None:
-        assert trainer.watch is not None, "given by train"
-        self.trainer = trainer
-        self.watch = trainer.watch
-        self.config = config
-        self.base = base
-        self.held = held
-        self.tokenizer = tokenizer
-        self.best = best
-        self.run = RunLog(folder.folder)
-        self.folder = folder
-        self.stop = _StopFlag()
-        self.path: Path | None = None
-        self.saved_at: int | None = None
-        self.losses_in_a_row = 0
-
-    def evaluate(self) -> float | None:
-        """Held-out loss, nats per answer token."""
-        if self.held is None:
-            return None
-        rows = evaluation_batches(self.held, self.config.seq_len, self.config.batch_size, self.trainer.batches.pad_id)
-        with self._unless_memory_runs_out("evaluation"):
-            loss = self._with_more_memory(lambda: mean_answer_loss(self.trainer.model, rows)[0])
-            self.watch.guard.evaluated(loss)
-            return loss
-        return None
-
-    @contextlib.contextmanager
-    def _unless_memory_runs_out(self, what: str) -> Iterator[None]:
-        """Looking at a model is not worth a run: without memory for it, say so and go on."""
-        try:
-            yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            log.warning("step %d: no memory for the %s, left out", self.trainer.done, what)
-            self.run.event("left_out", step=self.trainer.done, what=what)
-        finally:
-            self.trainer.model.train()
-
-    def _with_more_memory(self, look: Callable[[], T]) -> T:
-        """What ``look`` returns; where memory runs out, once more without what the trainer holds to be faster."""
-        try:
-            return look()
-        except Exception as error:
-            if not is_out_of_memory(error) or not self.trainer.release():
-                raise
-        return look()
-
-    def sample(self) -> None:
-        """Continue a few held-out prompts (of the training data where nothing is held out) into ``samples.jsonl``."""
-        documents = self.held or self.trainer.batches.encoded
-        count = min(self.config.samples, len(documents))
-        for number in range(count):
-            document = documents.document(number * len(documents) // count)
-            ids, answer = list(document.input_ids), list(document.answer)
-            begin = answer.index(True)
-            # A plain text has no question: its beginning serves.
-            begin = begin if begin > 1 else max(1, min(32, len(ids) // 2))
-            stop = next((i for i in range(begin, len(ids)) if not answer[i]), len(ids))
-            text = None
-            with self._unless_memory_runs_out("sample"):
-                prompt, tokens = [ids[:begin]], self.config.sample_tokens
-                (text,) = self._with_more_memory(
-                    partial(continue_texts, self.trainer.model, self.tokenizer, prompt, tokens)
-                )
-            if text is None:
-                return
-            self.run.sample(
-                step=self.trainer.done,
-                prompt=self.tokenizer.decode(ids[:begin]),
-                text=text,
-                reference=self.tokenizer.decode(ids[begin:stop]),
-            )
-
-    def save(self, val_loss: float | None) -> None:
-        """Write the whole training state; the lowest held-out loss so far becomes the best."""
-        trainer = self.trainer
-        is_best = val_loss is not None and (self.best is None or val_loss < self.best["val_loss"])
-        if is_best:
-            self.best = {"step": trainer.done, "val_loss": val_loss}
-        checkpoint = trainer.checkpoint(self.base)
-        checkpoint["train_state"]["best"] = self.best
-        checkpoint["created_by"] = created_by("qwen_prime_train.py")
-        # While losses are spiking the last good checkpoint is still needed.
-        self.path = self.folder.save(trainer.done, checkpoint, is_best=is_best, prune=self.watch.sentinel.streak == 0)
-        self.saved_at = trainer.done
-        self.run.event("save", step=trainer.done, path=self.path, best=is_best)
-        if self.config.core_eval:
-            self.assess("quick" if trainer.done == self.config.steps else "tiny", val_loss)
-
-    def assess(self, size: core_eval.Size, val_loss: float | None) -> None:
-        """Evaluate what was just saved, into a report beside it."""
-        assert self.path is not None, "called behind a save"
-        found = None
-        with self._unless_memory_runs_out("core evaluation"):
-            found = core_eval.evaluate(self.trainer.model, self.tokenizer, size)
-        if found is None:
-            return
-        scores, details = found
-        held = {} if self.held is None else {"held_out": self.held.fingerprint}
-        report = core_eval.make_report(
-            kind=size,
-            name=self.folder.name,
-            step=self.trainer.done,
-            model={"path": self.path.name, "kind": "prime", "sha256": recorded_hash(self.path)},
-            tokenizer=self.tokenizer,
-            scores={**({"held_out.nll_per_token": val_loss} if val_loss is not None else {}), **scores},
-            details=details,
-            settings={"dtype": self.config.compute, "device": self.config.device, **held},
-        )
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        write_whole(self.path.parent / core_eval.report_name(self.path.stem), text.encode())
-        broken = [check["name"] for check in details["invariants"] if not check["passed"]]
-        if broken:
-            log.warning("step %d: invariants do not hold: %s", self.trainer.done, ", ".join(broken))
-        self.run.event("core_eval", step=self.trainer.done, size=size, scores=report["scores"])
-
-    def return_to(self, verdict: Verdict) -> None:
-        """Roll back to the newest whole checkpoint of at most the verdict's step.
-
-        Raises:
-            TrainError: the verdict ends the run, or there is none; names the last good checkpoint.
-        """
-        found = self.folder.newest(at_most=verdict.to)
-        if found is None:
-            raise TrainError(
-                f"step {self.trainer.done}: {verdict.reason}; no whole checkpoint up to step {verdict.to} is left"
-            )
-        path, checkpoint = found
-        if verdict.kind == "end":
-            raise TrainError(
-                f"the run ends at step {self.trainer.done}: {verdict.reason}. The last whole checkpoint is {path}; "
-                "look at events.jsonl before you begin again from there (a lower --lr, other --data)"
-            )
-        came_from = self.trainer.done
-        self.trainer.roll_back(checkpoint)
-        log.warning(
-            "step %d: %s; back to %s, learning rate x %g, on new data",
-            *(came_from, verdict.reason, path.name, self.watch.sentinel.heat),
-        )
-        self.run.event(
-            "roll_back", step=came_from, to=self.trainer.done, reason=verdict.reason, rate=self.watch.sentinel.heat
-        )
-
-    def record(self, result: StepResult, seconds: float, val_loss: float | None) -> None:
-        """One line of statistics, and the step's events."""
-        trainer, done = self.trainer, self.trainer.done
-        for kind, fields in result.events:
-            self.run.event(kind, step=done, **fields)
-            if kind == "out_of_memory":
-                log.warning(
-                    "step %d: out of memory (%s): %s -> %s", done, *(fields[k] for k in ("where", "from", "to"))
-                )
-        trainer.events = []
-        weights = sum(m.weights for m in result.moved.values())
-        flips = sum(m.flips for m in result.moved.values())
-        self.run.stats(
-            step=done,
-            loss=result.loss,
-            val_loss=val_loss,
-            flips=flips,
-            flip_rate=flips / weights if weights else 0.0,
-            clipped=sum(m.clipped for m in result.moved.values()),
-            tokens=trainer.tokens,
-            answer_tokens=result.answer_tokens,
-            tokens_per_s=result.tokens / seconds,
-            seconds=seconds,
-            data=trainer.batches.position,
-            data_seconds=round(result.data_seconds, 6),
-            lr=result.rate,
-            peel_phase=trainer.supervisor.phase(done - 1),
-            thawed_layers=len(trainer.supervisor.now or ()),
-            sentinel=result.verdict.kind,
-            skipped=result.skipped,
-            micro_batches=result.micro_batches,
-            seq_len=trainer.batches.seq_len,
-            batch_size=trainer.batches.batch_size,
-            mem_peak_bytes=memory_peak(self.config.device),
-            agreement={n: a for n, (a, _) in result.agreement.items()},
-            agreement_control={n: c for n, (_, c) in result.agreement.items()},
-            consensus=result.consensus,
-            seconded=result.seconded,
-            governor=self.watch.governor.braked() if self.watch.governor else {},
-            measured=result.measured,
-            movement=result.movement,
-            vote_pressure=result.pressure,
-            flips_by_layer=result.flips,
-            flip_rate_by_grid={n: m.flip_rate for n, m in result.moved.items()},
-        )
-        if result.verdict.kind not in ("ok", "roll_back", "end"):
-            self.run.event(result.verdict.kind, step=done, reason=result.verdict.reason, micro_batches=result.skipped)
-            log.warning("step %d: %s", done, result.verdict.reason)
-
-    def go(self) -> Path:
-        """Run until ``--steps`` or a signal; the path of the last checkpoint.
-
-        Raises:
-            TrainError: the sentinel ended the run, memory cannot hold it, or there is nothing to do.
-            CheckpointError, OSError: nothing can be written any more.
-        """
-        try:
-            return self._go()
-        except (TrainError, CheckpointError, OSError) as error:
-            # A full disk may have ended the run, and has no room for these lines either.
-            with contextlib.suppress(OSError):
-                for kind, fields in self.trainer.events:
-                    self.run.event(kind, step=self.trainer.done, **fields)
-                self.run.event("failed", step=self.trainer.done, reason=str(error))
-            raise
-        finally:
-            self.stop.restore()
-
-    def _go(self) -> Path:
-        trainer, config = self.trainer, self.config
-        if trainer.done >= config.steps:
-            raise TrainError(
-                f"nothing to do: the checkpoint is at step {trainer.done} of {config.steps}; raise --steps"
-            )
-        begun = trainer.done
-        if begun == 0:
-            val_loss = self.evaluate()
-            if val_loss is not None:
-                self.run.event("evaluation", step=0, val_loss=val_loss)
-            self.save(None)
-        with tqdm(total=config.steps, initial=begun, desc="train", unit="step", disable=None) as bar:
-            while trainer.done < config.steps and self.stop.signal is None:
-                self._step(bar)
-        if self.saved_at != trainer.done and trainer.done != begun:
-            # The signal came after its step had been found not to be the last.
-            self.save(None)
-        if self.stop.signal is not None:
-            self.run.event("signal", step=trainer.done, signal=self.stop.signal)
-            if self.path is None:
-                log.info("%s: nothing to save, step %d was not left", self.stop.signal, trainer.done)
-                return config.checkpoint
-            log.info("%s: saved %s after step %d; continue with --resume", self.stop.signal, self.path, trainer.done)
-        assert self.path is not None, "the last step is always saved"
-        return self.path
-
-    def _step(self, bar: Any) -> None:
-        trainer, config = self.trainer, self.config
-        started = time.perf_counter()
-        try:
-            result = trainer.step()
-        except VotesLost as error:
-            self.losses_in_a_row += 1
-            if self.losses_in_a_row > 3:
-                raise TrainError(f"{error}; for the fourth time without a whole step between") from error
-            self.return_to(Verdict("roll_back", str(error), trainer.done))
-            bar.n = trainer.done
-            return
-        self.losses_in_a_row = 0
-        seconds = time.perf_counter() - started
-        done, verdict = trainer.done, result.verdict
-        sound = verdict.kind not in ("roll_back", "end")
-        last = sound and (done == config.steps or self.stop.signal is not None)
-        look = last or (config.eval_every and done % config.eval_every == 0)
-        val_loss = self.evaluate() if look and sound else None
-        self.record(result, seconds, val_loss)
-        if not sound:
-            self.return_to(verdict)
-            bar.n = trainer.done
-            return
-        bar.update()
-        memory = memory_peak(config.device) / GIB
-        shown = {
-            "loss": f"{result.loss:.4f}",
-            "tok/s": f"{result.tokens / seconds:.0f}",
-            "flips": f"{sum(m.flips for m in result.moved.values()):,}",
-            "mem": f"{memory:.1f}G",
-        }
-        bar.set_postfix(shown | ({"held-out": f"{val_loss:.4f}"} if val_loss is not None else {}))
-        if config.sample_every and (done == config.steps or done % config.sample_every == 0):
-            self.sample()
-        spiking = self.watch.sentinel.streak > 0
-        if last or (done % config.save_every == 0 and not spiking):
-            self.save(val_loss)
 
 
 def plan_settings(config: TrainConfig) -> memory_plan.Settings:
@@ -595,7 +200,7 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
         trainer.restore(checkpoint)
         best = checkpoint["train_state"].get("best")
     base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}
-    session = Session(trainer, config, base, data.held, tokenizer, best, folder)
+    session = Session(trainer, config, base, data.held, tokenizer, best, folder, source)
     settings: dict[str, Any] = {
         **asdict(config),
         "lr": trainer.recipe.lr,

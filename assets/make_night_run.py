@@ -221,6 +221,7 @@ def baseline(folder: Path, rate: float) -> dict[str, Any]:
     import qwen_prime_train as train
     from packed_batches import PackedBatches, evaluation_batches
     from qwen_prime_wrapper import load_model, mean_answer_loss
+    from training_recipe import Recipe
 
     config = settings(folder)
     model, tokenizer, _ = load_model(ASSETS / "tiny_coder")
@@ -229,7 +230,7 @@ def baseline(folder: Path, rate: float) -> dict[str, Any]:
     assert held is not None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = PackedBatches(data.blocks, seq_len=SEQ_LEN, batch_size=1, pad_id=pad, seed=config.seed)
-    recipe = train.Recipe(steps=STEPS, grad_accum=ACCUMULATION, lr=rate, device="cpu")
+    recipe = Recipe(steps=STEPS, grad_accum=ACCUMULATION, lr=rate, device="cpu")
     trainer = quality.DenseTrainer(model, batches, recipe, quality.METHODS["adamw"])
     curve = []
     for step in range(1, STEPS + 1):

@@ -73,6 +73,7 @@ FLOORS = {
     "bench_models": 9,
     "bench_quality": 9,
     "prime_hf": 9,
+    "training_session": 9,
     "bench_import": 10,
     "bench_memory": 10,
     "bench_training": 10,

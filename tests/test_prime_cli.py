@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +72,38 @@ def test_unknown_errors_are_not_hidden() -> None:
 def test_help_goes_to_the_screen_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     assert "How many." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["--help", "talk", "talk and end"])
+def test_a_reader_that_has_left_is_no_error(what: str) -> None:
+    """As in ``--help | head -1``: no traceback, neither at once nor when Python empties its buffers at the end."""
+    program = (
+        "import sys, test_prime_cli as t, prime_cli\n"
+        "sys.stdin.readline()\n"
+        "def main(config):\n"
+        "    print('x' * (10 if sys.argv[1].endswith('end') else 1_000_000))\n"
+        "    return 0\n"
+        "arguments = ['--help'] if sys.argv[1] == '--help' else []\n"
+        "sys.exit(prime_cli.run(t.Example, main, (OSError,), arguments))\n"
+    )
+    here = Path(__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, what],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"PYTHONPATH": f"{here}:{here.parent}"},
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate("go\n", timeout=60)
+    assert (process.returncode, said) == (prime_cli.READER_GONE, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(config: Example) -> int:
+        raise BrokenPipeError("the server hung up")
+
+    assert prime_cli.run(Example, fail, (OSError,), []) == 1
+    assert "the server hung up" in capsys.readouterr().err
