@@ -1,7 +1,10 @@
-# make demo    the main job end to end on the embedded model and data, offline, in a few minutes
+# make demo    the main job end to end on the embedded model and data, in a few minutes; offline once it is installed
 # make test    the tests, two processes of one thread; tries to install Chromium, else those of the web page are skipped
 # make check   lint and types
-# make bench   every measurement that the README quotes and that this machine can make
+# make bench   the shorter measurements of README; what it compares with is in requirements-bench.txt
+# make clean   remove the environment and the demo's run; runs of your own stay
+#
+# CUDA=cu126   with any of them: the torch of that CUDA version instead of the default one; cards before Turing need it
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,6 +40,10 @@ bench: $(VENV)/installed-dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+ifdef CUDA
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --torch-backend=$(CUDA) $(shell grep '^torch==' requirements.txt)
+endif
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
@@ -45,4 +52,4 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs/demo

@@ -50,6 +50,9 @@ class MonitorConfig:
             raise ValueError(f"{len(self.runs)} runs given, the terminal shows one: add --web to compare them")
         if self.web and self.once:
             raise ValueError("--once prints a frame, --web serves a page: choose one")
+        for run in self.runs:
+            if run.is_file():
+                raise ValueError(f"{run} is a file, expected a run's folder: {run.parent} perhaps")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}, expected 0 to 65535")
         if self.host not in LOOPBACK and not self.allow_remote:

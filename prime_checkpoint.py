@@ -18,7 +18,7 @@ Layout of the dict (every key is required; dtypes and shapes are checked on load
     votes           {grid name: {"votes": int8 or int16 (out, in), absent where words hold them,
                     "r2": float32 (out,), "row_squares": int64 (out,), "observations": int64 (), and by rule
                     "g2" and "row_sketch" or "r1" and "row_sizes", of the same two types}}; {} in stage init
-    train_state     plain dict of step, tokens, cursor, rule and float optimizer; {} in stage init
+    train_state     plain dict of step, tokens, cursor, rule, recipe and float optimizer; {} in stage init
     source          {"id": str, "revision": str or None, "files": {name: sha256}}
     sha256          {path in this dict: sha256 of the tensor's little-endian bytes} for every tensor above
     created_by      {"program": str, "torch": str, ...}
@@ -259,6 +259,11 @@ def recorded_hash(path: Path | str) -> str:
     Raises:
         CheckpointError: no such file, or one that does not end as a checkpoint of this suite does.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(
+            f"{path} is a folder, expected a PRIME checkpoint: qwen_prime_importer.py --model {path} --output "
+            "NAME_prime_init.pt makes one of a model's folder"
+        )
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger("device")
 
 GIB = 2**30
 
@@ -44,24 +47,44 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
+_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+"""Files that are there where NVIDIA's driver is: Linux, and Windows' Linux."""
+
+
+def _other_torch(backend: str = "auto") -> str:
+    """The command that puts another build of the same torch into this environment."""
+    python, version = sys.executable, torch.__version__.split("+")[0]
+    return (
+        f"{python} -m pip install uv && {python} -m uv pip install --python {python} --reinstall-package torch "
+        f"torch=={version} --torch-backend={backend}"
+    )
+
+
 def check_device(device: str) -> None:
-    """The device exists and the installed torch has code for it.
+    """The device exists and the installed torch has code for it. Where the machine has a card that this torch does not
+    see, the log says so.
 
     Raises:
         DeviceError: with the command that installs a torch that has.
     """
+    hidden = not torch.cuda.is_available() and any(path.exists() for path in _DRIVERS)
     if torch.device(device).type != "cuda":
+        if hidden:
+            log.warning(
+                "this machine has an NVIDIA driver, but torch %s sees no card: working on the CPU. A torch that fits "
+                "the driver (cards before Turing: cu126 instead of auto): %s",
+                *(torch.__version__, _other_torch()),
+            )
         return
     if not torch.cuda.is_available():
-        raise DeviceError(f"device is {device}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
+        way = f"a torch that fits its driver: {_other_torch()}" if hidden else "try --device cpu"
+        raise DeviceError(f"device is {device}, but torch {torch.__version__} sees no CUDA device: {way}")
     major, minor = torch.cuda.get_device_capability(device)
     built = torch.cuda.get_arch_list()
     if not any(_runs_on(architecture, major, minor) for architecture in built):
-        version = torch.__version__.split("+")[0]
         raise DeviceError(
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, torch {torch.__version__} "
-            f"was built for {', '.join(built) or 'none'}. A build that has it: "
-            f"pip install uv && uv pip install --reinstall torch=={version} --torch-backend=cu126"
+            f"was built for {', '.join(built) or 'none'}. A build that has it: {_other_torch('cu126')}"
         )
 
 

@@ -40,8 +40,10 @@ from code_sandbox import Limits, SandboxError
 from packed_batches import evaluation_batches
 from packed_checkpoint import sha256_of_file
 from prime_checkpoint import CheckpointError
+from prime_device import DeviceError, check_device
 from qwen_prime_wrapper import ModelError, load_model, mean_answer_loss
 from text_records import DataError, read_records
+from training_data import DataSettings, open_data
 from whole_output import write_whole
 
 log = logging.getLogger("eval")
@@ -59,8 +61,11 @@ class EvalConfig:
     """Tokens of a window of --text; by default the model's context."""
     stride: int | None = None
     """Tokens between windows of --text that overlap, the usual recipe; by default they do not."""
-    data: Path | None = None
-    """Instruction records whose answers to score (those of split "eval" where records name one)."""
+    data: str | None = None
+    """Instruction records whose answers to score (those of split "eval" where records name one); with --hold-out
+    whatever the trainer takes."""
+    hold_out: float | None = None
+    """Score what a run with the same --data and this --hold-out (0.02 by default there) does not learn."""
     seq_len: int = 512
     """Tokens in a packed row of --data."""
     core: bool = False
@@ -109,6 +114,8 @@ class EvalConfig:
                 f"batch-size is {self.batch_size}, seq-len {self.seq_len}, jobs {self.jobs}, max-new-tokens "
                 f"{self.max_new_tokens} and timeout {self.timeout}, expected at least 1, 2, 1, 1 and above 0"
             )
+        if self.hold_out is not None and (self.data is None or not 0 < self.hold_out < 1):
+            raise ValueError(f"hold-out is {self.hold_out}, expected a share between 0 and 1, and --data")
         if self.stride is not None and self.stride < 1:
             raise ValueError(f"stride is {self.stride}, expected at least 1")
 
@@ -139,19 +146,35 @@ def read_text(path: Path) -> str:
 
 
 def score_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> dict[str, Any]:
-    """Loss of the answers of instruction records."""
+    """Loss of the answers of instruction records.
+
+    Raises:
+        DataError: they cannot be read or used, or nothing is held out.
+    """
     assert config.data is not None, "the caller looked"
-    records = read_records(config.data, split="eval")
     seq_len = min(config.seq_len, model.config.max_position_embeddings)
-    encoded = encode_records(records, tokenizer, seq_len)
-    log.info(describe(records, encoded))
+    if config.hold_out is not None:
+        found = open_data(config.data, None, tokenizer, seq_len, DataSettings(hold_out=config.hold_out))
+        log.info(found.summary)
+        if found.held is None:
+            raise DataError(f"of {config.data} nothing is held out at --hold-out {config.hold_out}: ask for more of it")
+        encoded = found.held
+    else:
+        records = read_records(config.data, split="eval")
+        encoded = encode_records(records, tokenizer, seq_len)
+        log.info(describe(records, encoded))
+        if records.split is None:
+            log.info(
+                "no record names a split: all are scored, also those that a run with this file has learned; "
+                "--hold-out 0.02 scores what such a run holds out"
+            )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     mean, tokens = mean_answer_loss(model, evaluation_batches(encoded, seq_len, config.batch_size, pad))
     return {
         "nll_per_token": mean,
         "perplexity": math.exp(min(mean, 700.0)),
         "tokens": tokens,
-        "records": len(records.records),
+        "records": len(encoded),
         "seq_len": seq_len,
         "sha256": encoded.fingerprint,
     }
@@ -196,13 +219,18 @@ def measure(config: EvalConfig) -> dict[str, Any]:
     if config.model is None:
         scores["humaneval"], details["humaneval"] = run_humaneval(config, None, None)
         return {"model": None, "scores": scores, "details": details, "settings": settings}
+    check_device(config.device)
     model, tokenizer, kind = load_model(config.model)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
     with precision(config):
         if config.data is not None:
             loss = score_data(model, tokenizer, config)
             scores |= {f"answers.{k}": loss[k] for k in ("nll_per_token", "tokens")}
-            settings["data"] = {"file": config.data.name, **{k: loss[k] for k in ("records", "seq_len", "sha256")}}
+            settings["data"] = {
+                "file": Path(config.data).name,
+                "hold_out": config.hold_out,
+                **{k: loss[k] for k in ("records", "seq_len", "sha256")},
+            }
         if config.text is not None:
             text = read_text(config.text)
             loss = core_eval.score_text(model, tokenizer, text, window=config.window, stride=config.stride)
@@ -282,4 +310,5 @@ def main(config: EvalConfig) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(prime_cli.run(EvalConfig, main, (DataError, ModelError, CheckpointError, SandboxError, OSError)))
+    ERRORS = (DataError, ModelError, CheckpointError, DeviceError, SandboxError, OSError)
+    raise SystemExit(prime_cli.run(EvalConfig, main, ERRORS))

@@ -25,7 +25,7 @@ from ghost_core import grids_of
 from ghost_grid import GhostError
 from night_shift import LayerPeel, NightShiftError, PeelError
 from packed_batches import PackedBatches
-from prime_checkpoint import CheckpointError, created_by, load_checkpoint
+from prime_checkpoint import CheckpointError, created_by, load_checkpoint, walk_tensors
 from prime_device import (
     GIB,
     DeviceError,
@@ -43,6 +43,7 @@ from qwen_prime_wrapper import (
     manifold_of,
     manifold_record,
     model_from_checkpoint,
+    model_tensors,
     tokenizer_from_checkpoint,
 )
 from run_folder import RunFolder, RunLocked, run_name
@@ -138,12 +139,28 @@ def settle_memory(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
         log.info("memory is short: what is freed is given back at once, which costs a third of the speed")
 
 
+def say_if_disk_is_small(trainer: VoteTrainer, checkpoint: dict[str, Any], folder: RunFolder) -> None:
+    """A warning at the start where the disk would fill up during the night."""
+    buffer = trainer.ballot.rule.bytes_per_weight - 2
+    weights = sum(grid.indices.numel() for grid in trainer.grids.values())
+    model = sum(tensor.nbytes for tensor in model_tensors(trainer.model).values())
+    floats = sum(parameter.nbytes for parameter in trainer.floats.values())
+    beside = sum(tensor.nbytes for key in ("tokenizer", "manifold") for _, tensor in walk_tensors(checkpoint[key]))
+    size = model + buffer * weights + 2 * floats + beside
+    if (found := folder.lacks_room(size)) is not None:
+        log.warning(
+            "%s has room for %.1f GB of checkpoints, the run may need %.1f (%.1f each: the last %d, the best, one "
+            "being written): lower --keep-last, or the run ends when the disk is full",
+            *(folder.folder, found[1] / 1e9, found[0] / 1e9, size / 1e9, folder.keep_last),
+        )
+
+
 def print_plan(config: TrainConfig, checkpoint: dict[str, Any]) -> int:
     """Print the budget of the run, and which settings fit; 0 if this one does, else 1."""
     model = build_model(checkpoint["hf_config"], manifold_of(checkpoint), str(config.checkpoint))
     available = round(config.memory * GIB) if config.memory else memory_total(config.device)
     text, fits = memory_plan.report(model, plan_settings(config), available)
-    print(text)
+    print(f"matrix products in {config.compute} (cards before Ampere have no bfloat16: --compute float32)\n{text}")
     return 0 if fits else 1
 
 
@@ -153,6 +170,9 @@ def main(config: TrainConfig) -> int:
     assert config.output_dir is not None, "checked by the config"
     check_device(config.device)
     make_deterministic(config.device)
+    if not config.resume and not config.checkpoint.is_file():
+        # It says what is wrong, before there is a folder for nothing.
+        load_checkpoint(config.checkpoint)
     folder = RunFolder(config.output_dir, run_name(config.checkpoint), config.keep_last)
     with folder.lock():
         log.info("%s", train(config, folder))
@@ -171,8 +191,9 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
         found = folder.newest()
         if found is None:
             raise TrainError(
-                f"nothing to resume: {folder.folder} has no whole {folder.name}_prime_step_N.pt; leave --resume out to "
-                "begin"
+                f"nothing to resume: {folder.folder} has no whole {folder.name}_prime_step_N.pt"
+                + (f", it has those of {', '.join(others)}" if (others := folder.other_names()) else "")
+                + ": leave --resume out to begin, or give the --checkpoint that the run began with"
             )
         source, checkpoint = found
         state = checkpoint["train_state"]
@@ -199,6 +220,7 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
     if config.resume:
         trainer.restore(checkpoint)
         best = checkpoint["train_state"].get("best")
+    say_if_disk_is_small(trainer, checkpoint, folder)
     base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}
     session = Session(trainer, config, base, data.held, tokenizer, best, folder, source)
     settings: dict[str, Any] = {

@@ -57,6 +57,27 @@ class RunFolder:
         pattern = re.compile(re.escape(self.name) + r"_prime_step_(\d+)\.pt")
         return sorted((int(m[1]), f) for f in self.folder.glob("*.pt") if (m := pattern.fullmatch(f.name)))
 
+    def other_names(self) -> list[str]:
+        """Names of other runs whose checkpoints lie in the folder."""
+        found = {run_name(file) for file in self.folder.glob("*_prime_step_*.pt")}
+        return sorted(found - {self.name})
+
+    def lacks_room(self, size: int) -> tuple[int, int] | None:
+        """Whether the disk is too small for what the run may come to hold: the last ``keep_last`` checkpoints, an older
+        best one, and one that is being written.
+
+        Args:
+            size: bytes of a checkpoint.
+
+        Returns:
+            (needed, there) in bytes, what the run already has counted as there; None where it is enough.
+        """
+        files = [file for _, file in self.saved()] + ([self.best] if self.best.exists() else [])
+        held = {(s := file.stat()).st_ino: s.st_size for file in files}
+        there = shutil.disk_usage(self.folder).free + sum(held.values())
+        needed = (self.keep_last + 2) * size
+        return (needed, there) if needed > there else None
+
     def newest(self, at_most: int | None = None) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, of a step up to ``at_most``; damaged ones are named in the log and
         passed over. None where there is none."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ from training_recipe import Recipe, TrainError, default_rate, learning_rate
 from vote_evidence import Hearing
 from vote_guard import Evidence, VoteGuard
 from vote_rules import Ballot
+
+log = logging.getLogger("train")
 
 
 class VotesLost(RuntimeError):
@@ -628,6 +631,7 @@ class VoteTrainer:
             "vote_rule": self.recipe.vote_rule,
             "vote_buffer": self.ballot.rule.buffer,
             "micro_batches": self.shape.grad_accum,
+            "recipe": self._course(),
             "data": self.batches.state_dict(),
             "float_optimizer": self.optimizer.state_dict(),
         }
@@ -637,6 +641,30 @@ class VoteTrainer:
             state["governor"] = None if self.watch.governor is None else self.watch.governor.state_dict()
             state["contingency"] = self.watch.contingency.state_dict()
         return state
+
+    def _course(self) -> dict[str, Any]:
+        """What decides how far every step goes."""
+        names = ("steps", "lr", "schedule", "warmup", "weight_decay", "beta")
+        return {name: getattr(self.recipe, name) for name in names}
+
+    def _check_course(self, begun: Mapping[str, Any]) -> None:
+        """The run goes on as it began; only its length may change, which the log says.
+
+        Raises:
+            TrainError: it does not.
+        """
+        for name, mine in self._course().items():
+            was = begun.get(name, mine)
+            if was == mine:
+                continue
+            if name != "steps":
+                flag = f"--{name.replace('_', '-')}"
+                way = f"leave {flag} out" if was is None else f"add {flag} {was}"
+                raise TrainError(
+                    f"cannot resume: the run began with {name} {was}, this command says {mine}: {way} to go on as it "
+                    f"began, or begin a new run from the checkpoint with --checkpoint and another --output-dir"
+                )
+            log.warning("the run was to have %d steps, now %d: the learning rate takes another course", was, mine)
 
     def checkpoint(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """All of the present state as the content of a checkpoint of stage "train" (``prime_checkpoint``).
@@ -664,7 +692,8 @@ class VoteTrainer:
         """Continue from a training checkpoint of the same run, whose tensors the model already has.
 
         Raises:
-            TrainError: another seed, vote rule, number of micro-batches, schedule or governor than the run's.
+            TrainError: another seed, vote rule, number of micro-batches, learning rate or course of it, peel schedule
+                or governor than the run's.
         """
         state = checkpoint["train_state"]
         if self.watch is not None:
@@ -676,6 +705,8 @@ class VoteTrainer:
                 )
             self.watch.contingency.load_state_dict(state["contingency"])
         own = self.state()
+        # Checkpoints of before these were kept have none.
+        self._check_course(state.get("recipe", {}))
         names = ["seed", "vote_rule", "vote_buffer", "micro_batches", *(["supervisor"] if self.watch else [])]
         for name in names:
             if state[name] != own[name]:

@@ -33,6 +33,7 @@ def test_the_command_line() -> None:
         (["a", "--port", "70000"], "70000"),
         (["a", "--port", "x"], "--port"),
         (["a", "--hots", "x"], "--hots"),
+        ([__file__], "expected a run's folder"),
     ],
 )
 def test_bad_usage_exits_2_with_one_line(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,7 +235,7 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="cannot read"):
         load_checkpoint(tmp_path / "absent.pt")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="is a folder, expected a PRIME checkpoint"):
         load_checkpoint(tmp_path)
 
 

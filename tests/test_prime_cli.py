@@ -42,7 +42,8 @@ def test_the_exit_code_is_what_main_returns() -> None:
         (["--cuont", "1"], "--count"),
         (["--count", "many"], "many"),
         (["--count", "0"], "at least 1"),
-        (["extra"], "extra"),
+        (["extra"], "error: Unrecognized options: extra "),
+        (["--count", "0"], "error: count is 0, "),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(

@@ -44,7 +44,7 @@ def test_a_card_that_this_torch_has_no_code_for_is_named_with_the_way_out(
     with pytest.raises(device.DeviceError, match=rf"GTX 1080 Ti has compute capability {capability[0]}\.") as error:
         device.check_device("cuda")
     version = torch.__version__.split("+")[0]
-    assert f"uv pip install --reinstall torch=={version} --torch-backend=cu126" in str(error.value)
+    assert f"--reinstall-package torch torch=={version} --torch-backend=cu126" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -53,6 +53,25 @@ def test_no_cuda_device_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     device.check_device("cpu")
     with pytest.raises(device.DeviceError, match="--device cpu"):
         device.check_device("cuda")
+
+
+def test_a_card_that_torch_does_not_see_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A torch for another CUDA falls silent, and so would a run on the CPU that takes fifty times as long."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_DRIVERS", (tmp_path / "version",))
+    device.check_device("cpu")
+    assert not caplog.text
+    (tmp_path / "version").write_text("NVRM version")
+    device.check_device("cpu")
+    assert "sees no card" in caplog.text and "--torch-backend=auto" in caplog.text
+    with pytest.raises(device.DeviceError, match="--torch-backend=auto"):
+        device.check_device("cuda")
+    caplog.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device.check_device("cpu")
+    assert not caplog.text
 
 
 def test_bfloat16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:

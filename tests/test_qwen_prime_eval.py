@@ -10,6 +10,7 @@ import torch
 
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
+import qwen_prime_train as train
 from prime_checkpoint import check_file
 from qwen_prime_wrapper import ModelError, load_model
 from text_records import DataError
@@ -63,6 +64,47 @@ def test_folder_and_checkpoint_score_alike(prime: Path, tmp_path: Path) -> None:
         losses.append(result["nll_per_token"])
     assert losses[0] != losses[1]
     assert abs(losses[0] - losses[1]) < 1e-4
+
+
+def test_what_a_run_holds_out_is_scored_again(
+    prime: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Records that name no split: by default all are scored, and the log says so."""
+    file = tmp_path / "records.jsonl"
+    rows = [{"instruction": f"say {i}", "output": f"print({i} + {i})"} for i in range(60)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = train.TrainConfig(
+        checkpoint=prime,
+        data=str(file),
+        output_dir=tmp_path / "run",
+        steps=1,
+        seq_len=128,
+        grad_accum=1,
+        hold_out=0.2,
+        sample_every=0,
+        data_cache=tmp_path / "cache",
+        compute="float32",
+        device="cpu",
+    )
+    assert train.main(run) == 0
+    at_its_end = json.loads((tmp_path / "run" / "EVAL_tiny_step_1.json").read_text())
+    reports = []
+    for hold_out in (None, 0.2):
+        out = tmp_path / "out.json"
+        config = evaluation.EvalConfig(
+            model=tmp_path / "run" / "tiny_prime_step_1.pt", data=str(file), hold_out=hold_out, seq_len=128, json=out
+        )
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert evaluation.main(config) == 0
+        assert ("names a split" in caplog.text) == (hold_out is None)
+        reports.append(json.loads(out.read_text()))
+    everything, held = reports
+    assert everything["records"] == 60 and 0 < held["records"] < 30
+    assert held["sha256"] == at_its_end["settings"]["held_out"]
+    expected = at_its_end["scores"]["held_out.nll_per_token"]
+    assert held["nll_per_token"] == pytest.approx(expected, rel=1e-5)
+    assert everything["nll_per_token"] != pytest.approx(expected, rel=1e-3)
 
 
 def test_core_writes_a_report_beside_the_checkpoint_and_reports_compare(
@@ -132,6 +174,8 @@ def test_bfloat16_scores_close_to_float32(tmp_path: Path) -> None:
         ({"humaneval": MODEL, "completions": MODEL}, "--execute"),
         ({"model": MODEL, "text": MODEL, "stride": 0}, "stride is 0"),
         ({"model": MODEL, "text": MODEL, "batch_size": 0}, "batch-size is 0"),
+        ({"model": MODEL, "text": MODEL, "hold_out": 0.1}, "and --data"),
+        ({"model": MODEL, "data": "x", "hold_out": 1.0}, "hold-out is 1.0"),
     ],
 )
 def test_usage(changes: Any, message: str) -> None:

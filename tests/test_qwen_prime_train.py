@@ -5,12 +5,15 @@ The step itself is tested in test_vote_trainer.py.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,11 @@ import prime_cli
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
 import qwen_prime_train as train
+import run_folder
 import training_data
 import verify_qwen_prime as verify
 import vote_trainer
-from prime_checkpoint import check_file, load_checkpoint, tensor_sha256, walk_tensors
+from prime_checkpoint import check_file, load_checkpoint, save_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors
 from run_folder import RunFolder
@@ -366,6 +370,13 @@ OTHER_RUNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"vote_rule": "compact"}, {"vote_rule": "momentum"}, "compact"),
     ({"vote_rule": "compact"}, {"vote_rule": "stochastic"}, "compact"),
     ({}, {"grad_accum": 3}, "--grad-accum"),
+    ({}, {"lr": 1e-3}, "add --lr 0.004 "),
+    ({}, {"lr": None}, "add --lr 0.004 "),
+    ({}, {"schedule": "linear"}, "add --schedule cosine "),
+    ({}, {"warmup": 3}, "add --warmup 1 "),
+    ({}, {"weight_decay": 0.01}, "add --weight-decay 0.0 "),
+    ({}, {"beta": 0.5}, "leave --beta out"),
+    ({"beta": 0.5}, {"beta": None}, "add --beta 0.5 "),
 ]
 
 
@@ -384,6 +395,56 @@ def test_resuming_as_another_run_is_one_line(
     assert command(replace(quick, **{**wrote, **reads}, resume=True)) == 1
     assert word in the_error(capsys.readouterr().err)
     assert {f.name: f.read_bytes() for f in quick.output_dir.iterdir()} == before
+
+
+def test_a_run_may_become_longer(quick: train.TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    assert train.main(replace(quick, steps=1)) == 0
+    assert train.main(replace(quick, resume=True)) == 0
+    assert "was to have 1 steps, now 4" in caplog.text
+
+
+def test_a_checkpoint_of_before_the_recipe_was_kept_goes_on(quick: train.TrainConfig) -> None:
+    assert train.main(replace(quick, steps=2)) == 0
+    newest = quick.output_dir / "prime-harmonic_prime_step_2.pt"
+    content = copy.deepcopy(load_checkpoint(newest))
+    del content["train_state"]["recipe"]
+    save_checkpoint(content, newest)
+    assert train.main(replace(quick, resume=True, lr=1e-3)) == 0
+
+
+def test_resuming_under_another_name_names_those_that_are_there(
+    quick: train.TrainConfig, sources: dict[str, Path]
+) -> None:
+    assert train.main(replace(quick, steps=1)) == 0
+    with pytest.raises(train.TrainError, match="it has those of prime-harmonic: "):
+        train.main(replace(quick, checkpoint=sources["linear"], resume=True))
+
+
+def test_a_folder_is_no_checkpoint_and_leaves_none(
+    quick: train.TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(quick, checkpoint=MODEL, output_dir=tmp_path / "none")
+    assert command(config) == 1
+    assert "qwen_prime_importer.py --model" in the_error(capsys.readouterr().err)
+    assert not config.output_dir.exists()
+
+
+def test_a_small_disk_is_named_at_the_start(
+    quick: train.TrainConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it foresees is what the files come to be."""
+    assert train.main(replace(quick, steps=2)) == 0
+    assert "keep-last" not in caplog.text
+    size = (quick.output_dir / "prime-harmonic_prime_step_2.pt").stat().st_size
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=0))
+    assert train.main(replace(quick, resume=True)) == 0
+    found = re.search(r"room for ([\d.]+) GB of checkpoints, the run may need ([\d.]+) \(([\d.]+) each", caplog.text)
+    assert found is not None
+    foreseen = []
+    monkeypatch.setattr(RunFolder, "lacks_room", lambda self, size: foreseen.append(size))
+    assert train.main(replace(quick, resume=True, steps=5)) == 0
+    # Beside these a file holds row state and torch's own records.
+    assert 0.8 * size < foreseen[0] < size
 
 
 @pytest.mark.parametrize(

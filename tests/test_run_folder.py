@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,22 @@ def test_the_newest_whole_one(content: dict[str, Any], tmp_path: Path, caplog: p
     earlier = folder.newest(at_most=1)
     assert earlier is not None and earlier[0].name == "a_prime_step_1.pt"
     assert folder.newest(at_most=0) is None
+
+
+def test_room_for_what_a_run_may_come_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three checkpoints, an older best one and one being written; what is there already counts once."""
+    folder = RunFolder(tmp_path, "x", keep_last=3)
+    free = 350
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: types.SimpleNamespace(free=free))
+    assert folder.lacks_room(70) is None
+    assert folder.lacks_room(71) == (355, 350)
+    for step in (1, 2):
+        (tmp_path / f"x_prime_step_{step}.pt").write_bytes(bytes(100))
+    (tmp_path / "x_prime_best.pt").hardlink_to(tmp_path / "x_prime_step_1.pt")
+    (tmp_path / "y_prime_step_1.pt").write_bytes(bytes(100))
+    assert folder.lacks_room(110) is None
+    assert folder.lacks_room(111) == (555, 550)
+    assert folder.other_names() == ["y"]
 
 
 def test_without_hard_links_the_best_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
