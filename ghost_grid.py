@@ -35,6 +35,16 @@ _lent = threading.local()
 _placed: dict[tuple[str, torch.device], Manifold] = {}
 
 
+def _on_device(manifold: Manifold, device: torch.device) -> Manifold:
+    """A manifold on a device; one copy of it there for the whole process."""
+    if manifold.values.device == device:
+        return manifold
+    key = (manifold.sha256, device)
+    if key not in _placed:
+        _placed[key] = manifold.to(device)
+    return _placed[key]
+
+
 class GhostError(RuntimeError):
     """A grid used in a way that its state does not allow."""
 
@@ -114,10 +124,7 @@ class GhostGrid(nn.Module):
         """The manifold on this grid's device; one copy per device and process."""
         device = self.indices.device
         if self.manifold.values.device != device:
-            key = (self.manifold.sha256, device)
-            if key not in _placed:
-                _placed[key] = self.manifold.to(device)
-            self.manifold = _placed[key]
+            self.manifold = _on_device(self.manifold, device)
         return self.manifold
 
     def slices(self) -> Iterator[slice]:
@@ -181,7 +188,7 @@ class GhostGrid(nn.Module):
         if self.state is not None:
             raise GhostError(f"{self.name or 'the grid'} is unlocked: its votes belong to the manifold {manifold.name}")
         parts = []
-        target = manifold.to(self.indices.device)
+        target = _on_device(manifold, self.indices.device)
         for rows in self.slices():
             dense = self.dequantize(rows)
             parts.append(kernels.snap(dense, self.scale[rows], target, out=self.indices[rows])[1])

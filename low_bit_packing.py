@@ -114,6 +114,7 @@ def low_bit_grids(
         warmup=max(1, settings.heal // 10),
         gradient_checkpointing=False,
         seed=settings.seed,
+        device=str(model.device),
     )
     put_on_packed_grids(model, grids, lambda grid, packed: unrounded(grid, packed, costs[grid.name]))
     steps = heal(model, batches(settings.seed + 1), recipe)

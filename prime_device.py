@@ -30,7 +30,10 @@ def has_native_bfloat16(device: str) -> bool:
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # torch's own question is about the card in use, which need not be this one.
+        index = torch.device(device).index
+        there = torch.cuda.is_available() and (index or 0) < torch.cuda.device_count()
+        return there and torch.cuda.get_device_capability(index) >= (8, 0)
     return kind == "cpu" and not _BFLOAT16_FLAGS.isdisjoint(_cpu_flags())
 
 
@@ -79,6 +82,8 @@ def check_device(device: str) -> None:
     if not torch.cuda.is_available():
         way = f"a torch that fits its driver: {_other_torch()}" if hidden else "try --device cpu"
         raise DeviceError(f"device is {device}, but torch {torch.__version__} sees no CUDA device: {way}")
+    if (torch.device(device).index or 0) >= (count := torch.cuda.device_count()):
+        raise DeviceError(f"device is {device}, but this machine has {count}: the first is cuda:0")
     major, minor = torch.cuda.get_device_capability(device)
     built = torch.cuda.get_arch_list()
     if not any(_runs_on(architecture, major, minor) for architecture in built):

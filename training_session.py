@@ -166,11 +166,15 @@ class Session:
         """Held-out loss, nats per answer token."""
         if self.held is None:
             return None
-        rows = evaluation_batches(
-            self.held, self.settings.seq_len, self.settings.batch_size, self.trainer.batches.pad_id
-        )
+        shape = (self.settings.seq_len, self.settings.batch_size, self.trainer.batches.pad_id)
+        held = self.held
+
+        def look() -> float:
+            # The rows are made anew: a first look may have gone through some of them.
+            return mean_answer_loss(self.trainer.model, evaluation_batches(held, *shape))[0]
+
         with self._unless_memory_runs_out("evaluation"):
-            loss = self._with_more_memory(lambda: mean_answer_loss(self.trainer.model, rows)[0])
+            loss = self._with_more_memory(look)
             self.watch.guard.evaluated(loss)
             return loss
         return None
@@ -244,7 +248,7 @@ class Session:
         assert self.path is not None, "called behind a save"
         found = None
         with self._unless_memory_runs_out("core evaluation"):
-            found = core_eval.evaluate(self.trainer.model, self.tokenizer, size)
+            found = self._with_more_memory(lambda: core_eval.evaluate(self.trainer.model, self.tokenizer, size))
         if found is None:
             return
         scores, details = found

@@ -61,6 +61,12 @@ PRESSURE_ROWS = 32
 """About how many rows of a grid are looked at to measure its vote pressure."""
 
 
+def _on_the_cpu(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict without a word of where its tensors were."""
+    moments = {i: {n: t.cpu() for n, t in found.items()} for i, found in optimizer["state"].items()}
+    return {**optimizer, "state": moments}
+
+
 @dataclass
 class NightWatch:
     """Who watches a run: layers, bad steps, speed, memory. Mutated by the trainer, saved with it."""
@@ -170,10 +176,14 @@ class VoteTrainer:
             self.supervisor.apply(0)
         model.train()
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.grids.values())).indices.device
+
     def _new_graph(self) -> MicroBatchGraph | None:
         """What records micro-batches; None where that is not to be or does not pay. On a card, this is also where marks
         begin, and a stream of the process's own: what runs on the default one cannot be recorded."""
-        device = next(iter(self.grids.values())).indices.device
+        device = self._device
         if kernels.backend_for(device, self.ballot.backend) != "cuda":
             return None
         self.ballot.marks = torch.zeros(len(self.grids), dtype=torch.int32, device=device)
@@ -216,8 +226,7 @@ class VoteTrainer:
     @property
     def backend(self) -> str:
         """Which kernels serve the run, and whether its micro-batches are recorded, in words."""
-        device = next(iter(self.grids.values())).indices.device
-        name = kernels.backend_for(device, self.ballot.backend)
+        name = kernels.backend_for(self._device, self.ballot.backend)
         return f"{name}, micro-batches recorded" if self._graph is not None else name
 
     @property
@@ -327,7 +336,7 @@ class VoteTrainer:
         )
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        device = torch.device(self.recipe.device)
+        device = self._device
         micro_batch = arranged(batch) if self._arranges else None
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.compute == "bfloat16"):
             if micro_batch is not None:
@@ -382,7 +391,8 @@ class VoteTrainer:
         if nats is not None and not math.isfinite(nats):
             return None
         if nats is not None and self._finite_gradients():
-            self._warm = True
+            # Only a first one makes all that the others are compared with, outside of what a recording writes over.
+            self._warm |= k == 0
             return nats
         held = nats is None and self._graph is not None and self._graph.recorded
         if held:
@@ -681,7 +691,7 @@ class VoteTrainer:
             "model": {n: t.detach().cpu().contiguous() for n, t in model_tensors(self.model).items()},
             "probes": {},
             "votes": {n: {k: t.cpu() for k, t in s.items()} for n, s in self.votes().items()},
-            "train_state": self.state(),
+            "train_state": {**(state := self.state()), "float_optimizer": _on_the_cpu(state["float_optimizer"])},
         }
 
     def votes(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -150,7 +150,9 @@ class Texts(Endless):
 
 def trainer_of(played: bool, rule: str, count: int, watched: bool) -> VoteTrainer:
     table = manifolds.build("compact" if rule == "compact" else "prime-harmonic")
-    recipe = Recipe(steps=50, grad_accum=count, lr=1e-3, vote_rule=cast(Any, rule), compute="float32", warmup=0)
+    recipe = Recipe(
+        steps=50, grad_accum=count, lr=1e-3, vote_rule=cast(Any, rule), compute="float32", warmup=0, device="cpu"
+    )
     watch = NightWatch(
         LayerPeel(),
         AntigravitySentinel(),
@@ -276,6 +278,43 @@ def test_a_first_micro_batch_that_is_not_finite_leaves_nothing_to_compare_with(w
     trainer._cast = cast_  # type: ignore[method-assign]
     result = trainer.step()
     assert result.skipped == 0 and result.seconded is not None and math.isfinite(result.seconded)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_what_later_micro_batches_are_compared_with_is_never_made_while_recording(
+    without_a_card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would lie in memory that other recordings write over. A resumed run whose first micro-batch is not finite
+    came there."""
+    trainer = trainer_of(True, "momentum", 4, True)
+    trainer.step()
+    trainer._forget_graph()
+    for grid in trainer.grids.values():
+        grid._looked_at.clear()
+    record, recorded = PlayedByHand._record, []
+
+    def looked_at_first(self: PlayedByHand, memory: Any) -> Any:
+        recorded.append(all(grid._looked_at for grid in trainer.grids.values()))
+        return record(self, memory)
+
+    monkeypatch.setattr(PlayedByHand, "_record", looked_at_first)
+    grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
+    scale, cast_ = grid.scale.clone(), trainer._cast
+
+    def first_breaks(batch: Batch, k: int, weight: float) -> Any:
+        if k == 0:
+            grid.scale[0] = math.nan
+        try:
+            return cast_(batch, k, weight)
+        finally:
+            grid.scale.copy_(scale)
+
+    trainer._cast = first_breaks  # type: ignore[method-assign]
+    assert trainer.step().skipped == 1 and not recorded
+    trainer._cast = cast_  # type: ignore[method-assign]
+    trainer.step()
+    trainer.step()
+    assert recorded and all(recorded)
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")

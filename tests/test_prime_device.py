@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce GTX 1080 Ti")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,15 @@ def test_a_card_that_torch_does_not_see_is_named(
 
 
 def test_bfloat16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def answer(including_emulation: bool = True) -> bool:
-        asked.append(including_emulation)
-        return including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
-    assert not device.has_native_bfloat16("cuda") and asked == [False]
+    """Of the card that is named, not of the one in use; a card or torch that is not there has none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (6, 1), (8, 0)][index or 0])
+    assert [device.has_native_bfloat16(f"cuda{x}") for x in ("", ":0", ":1", ":2", ":3")] == [1, 1, 0, 1, 0]
+    with pytest.raises(device.DeviceError, match="cuda:3, but this machine has 3"):
+        device.check_device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not device.has_native_bfloat16("cuda")
     for flags, native in (({"avx2"}, False), ({"avx512f", "avx512_bf16"}, True), ({"amx_bf16"}, True), (set(), False)):
         monkeypatch.setattr(device, "_cpu_flags", lambda flags=flags: frozenset(flags))
         assert device.has_native_bfloat16("cpu") is native

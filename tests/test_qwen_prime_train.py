@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import qwen_prime_importer as importer
 import qwen_prime_train as train
 import run_folder
 import training_data
+import training_session
 import verify_qwen_prime as verify
 import vote_trainer
 from prime_checkpoint import check_file, load_checkpoint, save_checkpoint, tensor_sha256, walk_tensors
@@ -427,6 +429,31 @@ def test_a_folder_is_no_checkpoint_and_leaves_none(
     assert command(config) == 1
     assert "qwen_prime_importer.py --model" in the_error(capsys.readouterr().err)
     assert not config.output_dir.exists()
+
+
+def test_an_evaluation_that_runs_out_of_memory_on_its_way_is_done_again_whole(
+    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the trainer has something to give back, as with recorded micro-batches on a card."""
+    measure = training_session.mean_answer_loss
+    tired, released = [], []
+
+    def short_of_memory(model: Any, rows: Iterator[Any]) -> Any:
+        if not tired:
+            tired.append(next(rows))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(model, rows)
+
+    monkeypatch.setattr(training_session, "mean_answer_loss", short_of_memory)
+    monkeypatch.setattr(train.VoteTrainer, "release", lambda self: released.append(1) or True)
+    assert train.main(replace(quick, steps=1, batch_size=1)) == 0
+    monkeypatch.undo()
+    assert train.main(replace(quick, steps=1, output_dir=quick.output_dir.with_name("calm"))) == 0
+    first, calm = (
+        [e["val_loss"] for e in read_lines(folder / "events.jsonl") if e["event"] == "evaluation"]
+        for folder in (quick.output_dir, quick.output_dir.with_name("calm"))
+    )
+    assert released and tired and first == calm and len(first) == 1
 
 
 def test_a_small_disk_is_named_at_the_start(
