@@ -253,6 +253,11 @@ class MicroBatchGraph:
             pool = next((other.pool() for other in self._graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 self._passes(memory)
+        except RuntimeError as error:
+            # Ending a recording that memory has broken off may fail in its turn, and would hide why.
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         finally:
             self.ballot.controls, self.ballot.torn, self.ballot.standing = None, False, standing
             for grid in memory.voting:

@@ -16,7 +16,7 @@ import ghost_kernels_cuda
 import manifolds
 import prime_device
 import vote_units
-from bench_models import Endless, ghost_model
+from bench_models import Endless, config_of, gaussian_model, ghost_model
 from ghost_core import ghost_cross_entropy
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import Batch
@@ -243,6 +243,23 @@ class Packed(Endless):
         self.generator.set_state(state["generator"])
 
 
+class ThreeRows(Packed):
+    """Three rows, of which the last ends with padding."""
+
+    def __init__(self, vocabulary: int, tokens: int) -> None:
+        super().__init__(vocabulary, tokens)
+        self.batch_size = 3
+
+    def __next__(self) -> Batch:
+        rows = [super(ThreeRows, self).__next__() for _ in range(3)]
+        ids, labels, positions = (
+            torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "labels", "position_ids")
+        )
+        empty = self.tokens // 4
+        ids[2, -empty:], labels[2, -empty:], positions[2, -empty:] = 0, -100, torch.arange(empty)
+        return Batch(ids, labels, positions, 3, ids.numel() - empty, int((labels[:, 1:] != -100).sum()))
+
+
 def trainer_of(
     graphs: str,
     rule: str = "momentum",
@@ -250,19 +267,21 @@ def trainer_of(
     count: int = 5,
     watched: bool = False,
     peel: str = "none",
+    tied: bool = True,
+    compute: str = "bfloat16",
 ) -> VoteTrainer:
     prime_device.make_deterministic("cuda")
     table = manifolds.build("compact" if rule == "compact" else "prime-harmonic")
-    model = ghost_model("toy", table).cuda()
-    settings: dict[str, Any] = {"grad_accum": count, "lr": 1e-3, "device": "cuda", "compute": "bfloat16", "warmup": 0}
+    model = gaussian_model({**config_of("toy"), "tie_word_embeddings": tied}, table, "cuda")
+    settings: dict[str, Any] = {"grad_accum": count, "lr": 1e-3, "device": "cuda", "compute": compute, "warmup": 0}
     recipe = Recipe(steps=50, vote_rule=cast(Any, rule), cuda_graphs=cast(Any, graphs), **settings)
     watch = NightWatch(
         LayerPeel.parse(peel),
         AntigravitySentinel(),
         TrainingGovernor.for_rule(rule),
-        MemoryContingency(Shape(96, 1, count)),
+        MemoryContingency(Shape(96, (batches := data(4096, 96)).batch_size, count)),
     )
-    return VoteTrainer(model, cast(Any, data(4096, 96)), recipe, watch if watched else None)
+    return VoteTrainer(model, cast(Any, batches), recipe, watch if watched else None)
 
 
 def state_of(trainer: VoteTrainer) -> dict[str, torch.Tensor]:
@@ -300,6 +319,40 @@ def test_a_recorded_run_is_bit_for_bit_one_that_is_not(rule: str, watched: bool)
         assert recorded.step().loss == ordinary.step().loss
     assert recorded._graph is not None and recorded._graph.recorded
     assert ordinary._graph is not None and not ordinary._graph.recorded
+    a, b = state_of(recorded), state_of(ordinary)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@needs_card
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{"tied": False}, {"compute": "float32"}, {"data": ThreeRows}, {"data": ThreeRows, "tied": False, "count": 1}],
+    ids=str,
+)
+def test_other_models_types_and_shapes_are_recorded_to_the_same_bits(changes: dict[str, Any], watched: bool) -> None:
+    recorded, ordinary = (trainer_of("on", watched=watched, **changes) for _ in range(2))
+    unrecorded(ordinary)
+    for _ in range(4):
+        assert recorded.step().loss == ordinary.step().loss
+    assert recorded._graph is not None and recorded._graph.recorded
+    a, b = state_of(recorded), state_of(ordinary)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@needs_card
+def test_a_return_to_a_checkpoint_is_the_same_with_recordings_and_without() -> None:
+    recorded, ordinary = trainer_of("on", watched=True), unrecorded(trainer_of("on", watched=True))
+    for trainer in (recorded, ordinary):
+        trainer.step()
+        trainer.step()
+        content = {"model": model_tensors(trainer.model), "votes": trainer.votes(), "train_state": trainer.state()}
+        content = copy.deepcopy(content)
+        trainer.step()
+        trainer.roll_back(content)
+        for _ in range(3):
+            trainer.step()
+    assert recorded._graph is not None and recorded._graph.recorded and recorded.done == 5
     a, b = state_of(recorded), state_of(ordinary)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -396,6 +449,41 @@ def test_where_memory_is_short_nothing_is_recorded_and_the_run_goes_on(monkeypat
         result, wanted = trainer.step(), other.step()
         assert result.loss == wanted.loss
     assert trainer._graph is None
+    a, b = state_of(trainer), state_of(other)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@needs_card
+def test_memory_that_really_runs_out_while_something_is_recorded_costs_the_recording_alone() -> None:
+    """The limit is set when the first recording begins: what is in use, and a little."""
+    trainer, other = trainer_of("on", watched=True), unrecorded(trainer_of("on", watched=True))
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert trainer._graph is not None
+    prepare, limited = trainer._graph._prepare, []
+
+    def under_a_limit(example: Any) -> Any:
+        memory = prepare(example)
+        if not limited:
+            torch.cuda.empty_cache()
+            limited.append((torch.cuda.memory_reserved() + (1 << 20)) / total)
+            torch.cuda.set_per_process_memory_fraction(limited[0])
+        return memory
+
+    def free_again() -> None:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        release()
+
+    release, trainer._graph._prepare = trainer._free, under_a_limit  # type: ignore[method-assign]
+    trainer._free = free_again  # type: ignore[method-assign]
+    events = []
+    try:
+        for _ in range(3):
+            result, wanted = trainer.step(), other.step()
+            events += result.events
+            assert result.loss == wanted.loss
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert limited and ("cuda_graphs", {"state": "off", "reason": "out of memory"}) in events
     a, b = state_of(trainer), state_of(other)
     assert all(torch.equal(a[k], b[k]) for k in a)
 

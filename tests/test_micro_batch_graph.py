@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,13 +13,13 @@ import torch
 
 import ghost_kernels
 import manifolds
-from bench_models import Endless, ghost_model
+from bench_models import Endless, config_of, gaussian_model, ghost_model
 from ghost_core import grids_of, name_grids
 from ghost_grid import GhostGrid
 from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss, room_for_documents
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from packed_batches import Batch
-from qwen_prime_wrapper import answer_loss
+from qwen_prime_wrapper import answer_loss, model_tensors
 from training_recipe import Recipe
 from vote_rules import Ballot, MomentumRule
 from vote_trainer import NightWatch, VoteTrainer
@@ -137,9 +139,17 @@ class Texts(Endless):
 
     count = 0
 
+    def __init__(self, vocabulary: int, tokens: int, rows: int = 1) -> None:
+        super().__init__(vocabulary, tokens)
+        self.batch_size = rows
+
     def __next__(self) -> Batch:
         self.count += 1
-        return batch_of([96] if self.count % 2 else [30, 66], seed=self.count)
+        first = [96] if self.count % 2 else [30, 66]
+        batch = batch_of(first, *[[40, 26, 30]] * (self.batch_size - 1), seed=self.count)
+        # The end of further rows is padding: a document of one token over and over that answers nothing.
+        batch.input_ids[1:, 66:], batch.labels[1:, 66:] = 0, -100
+        return replace(batch, answer_tokens=int((batch.labels[:, 1:] != -100).sum()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count}
@@ -148,7 +158,7 @@ class Texts(Endless):
         self.count = state["count"]
 
 
-def trainer_of(played: bool, rule: str, count: int, watched: bool) -> VoteTrainer:
+def trainer_of(played: bool, rule: str, count: int, watched: bool, *, tied: bool = True, rows: int = 1) -> VoteTrainer:
     table = manifolds.build("compact" if rule == "compact" else "prime-harmonic")
     recipe = Recipe(
         steps=50, grad_accum=count, lr=1e-3, vote_rule=cast(Any, rule), compute="float32", warmup=0, device="cpu"
@@ -157,10 +167,10 @@ def trainer_of(played: bool, rule: str, count: int, watched: bool) -> VoteTraine
         LayerPeel(),
         AntigravitySentinel(),
         TrainingGovernor.for_rule(rule),
-        MemoryContingency(Shape(TOKENS, 1, count)),
+        MemoryContingency(Shape(TOKENS, rows, count)),
     )
-    model = ghost_model("toy", table)
-    trainer = VoteTrainer(model, cast(Any, Texts(4096, TOKENS)), recipe, watch if watched else None)
+    model = gaussian_model({**config_of("toy"), "tie_word_embeddings": tied}, table)
+    trainer = VoteTrainer(model, cast(Any, Texts(4096, TOKENS, rows)), recipe, watch if watched else None)
     trainer.ballot.backend = "cuda"
     trainer.ballot.marks = torch.zeros(len(trainer.grids), dtype=torch.int32)
     trainer._arranges = True
@@ -201,6 +211,76 @@ def test_a_run_with_recordings_is_bit_for_bit_one_without(
     assert recorded._graph is not None and recorded._graph.recorded
     x, y = state_of(recorded), state_of(ordinary)
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(("tied", "rows"), [(False, 1), (True, 2), (False, 3)])
+def test_other_heads_and_several_rows_are_recorded_to_the_same_bits(
+    tied: bool, rows: int, watched: bool, without_a_card: None
+) -> None:
+    recorded, ordinary = (trainer_of(x, "momentum", 3, watched, tied=tied, rows=rows) for x in (True, False))
+    for _ in range(4):
+        a, b = recorded.step(), ordinary.step()
+        assert a.loss == b.loss and a.flips == b.flips and a.verdict == b.verdict
+    assert recorded._graph is not None and recorded._graph.recorded
+    assert ("lm_head.grid" in recorded.grids) is not tied
+    x, y = state_of(recorded), state_of(ordinary)
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_a_return_to_a_checkpoint_leaves_nothing_recorded_of_what_was_led_astray(without_a_card: None) -> None:
+    recorded, ordinary = (trainer_of(x, "momentum", 3, True) for x in (True, False))
+    kept = []
+    for trainer in (recorded, ordinary):
+        trainer.step()
+        trainer.step()
+        # At a save nothing is shared with what goes on.
+        kept.append(copy.deepcopy(trainer_content(trainer)))
+        trainer.step()
+    assert recorded._graph is not None and recorded._graph.recorded
+    for trainer, content in zip((recorded, ordinary), kept, strict=True):
+        trainer.roll_back(content)
+        assert trainer.done == 2
+    for _ in range(3):
+        a, b = recorded.step(), ordinary.step()
+        assert a.loss == b.loss and a.flips == b.flips
+    assert recorded._graph.recorded
+    x, y = state_of(recorded), state_of(ordinary)
+    assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("end", [None, RuntimeError("CUDA error: operation failed due to a previous error")])
+def test_memory_that_breaks_a_recording_off_is_called_that_whatever_its_end_says(
+    end: Exception | None, without_a_card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recording:
+        def __init__(self, *given: Any, **more: Any) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *found: Any) -> None:
+            if end is not None:
+                raise end
+
+    trainer = trainer_of(True, "momentum", 2, True)
+    trainer.step()
+    assert trainer._graph is not None and trainer._graph._memory is not None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+
+    def short(memory: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer._graph._passes = short  # type: ignore[method-assign]
+    trainer._graph._graphs = {}
+    with pytest.raises(torch.OutOfMemoryError):
+        MicroBatchGraph._record(trainer._graph, trainer._graph._memory)
+
+
+def trainer_content(trainer: VoteTrainer) -> dict[str, Any]:
+    return {"model": model_tensors(trainer.model), "votes": trainer.votes(), "train_state": trainer.state()}
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
