@@ -198,7 +198,8 @@ def draw(path: Path, found: dict[str, Any]) -> None:
                 cell.plot(xs, [p["planned_mb"] for p in part["points"]], "x", color="#d1793b", label="planned")
                 cell.set_xlabel(AXES[axis][0])
                 cell.legend(frameon=False)
-            cell.set_title(f"R² {line['r2']:.3f}, x {line['rise']:.2f} over the range", fontsize=9)
+            rise = "" if line["rise"] is None else f", x {line['rise']:.2f} over the range"
+            cell.set_title(f"R² {line['r2']:.3f}{rise}", fontsize=9)
             cell.set_ylim(bottom=0)
             cell.set_ylabel(label)
             cell.grid(alpha=0.25)

@@ -1,4 +1,5 @@
-"""What methods learn and forget, as a table: runs what the results file lacks, then reads it (``prime_quality``)."""
+"""What methods learn and forget, as a table: runs what the results file lacks, then reads it (``prime_quality``,
+``quality_summary``)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import prime_quality as quality
+import quality_summary
 from bench_tools import SCRIPT, BenchError, machine, print_table
 from prime_telemetry import read_lines
 
@@ -79,8 +81,10 @@ def bench_quality(config: QualityBench) -> int:
             threads=config.threads,
         )
     lines = [x for x in read_lines(config.results) if x["task"] in config.tasks and x["method"] in config.methods]
-    rows = quality.summary(lines, config.steps)
-    print_table(f"{config.results}: nats per token", quality.COLUMNS, [quality.cells(row) for row in rows])
+    rows = quality_summary.summary(lines, config.steps)
+    print_table(
+        f"{config.results}: nats per token", quality_summary.COLUMNS, [quality_summary.cells(row) for row in rows]
+    )
     if config.markdown:
-        config.markdown.write_text(quality.markdown(rows), encoding="utf-8")
+        config.markdown.write_text(quality_summary.markdown(rows), encoding="utf-8")
     return 0

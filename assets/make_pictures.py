@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import manifolds  # noqa: E402
-import prime_quality  # noqa: E402
+import quality_summary  # noqa: E402
 from prime_telemetry import read_lines  # noqa: E402
 
 COLOURS = {"prime-harmonic": "#1f6f8b", "linear": "#d1793b", "compact": "#6b8e3d"}
@@ -73,7 +73,7 @@ def draw_quality(results: Path, path: Path) -> None:
     for axis, task in zip(axes.flat, tasks, strict=False):
         for method, (label, colour, style) in METHODS.items():
             # Without the start, which all share: a line from there to the lowest rate would be no measurement.
-            curve = prime_quality.curve_of([x for x in lines if (x["task"], x["method"]) == (task, method)])[1:]
+            curve = quality_summary.curve_of([x for x in lines if (x["task"], x["method"]) == (task, method)])[1:]
             if curve:
                 axis.plot(*zip(*curve, strict=True), style, color=colour, label=label, markersize=4.5, linewidth=1.4)
         axis.set(title=TITLES[task], xlabel="held-out loss of the new domain, nats per token (better: to the right)")

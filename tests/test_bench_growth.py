@@ -28,9 +28,11 @@ def test_large_models_are_planned_and_compact_is_smaller() -> None:
     assert {round(x["parameters"] / 1e9, 1) for x in lines} == {7.6, 14.8}
 
 
-def test_a_picture_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [6.0, 0.0])
+def test_a_picture_is_drawn(first: float, tmp_path: Path) -> None:
+    """Also where the first point took no memory that had not been there already."""
     points = [
-        {"seq_len": n, "processor_seconds": float(n), "peak_mb": 5.0 + n, "planned_mb": 6.0 + n} for n in (1, 2, 4)
+        {"seq_len": n, "processor_seconds": float(n), "peak_mb": first * n, "planned_mb": 6.0 + n} for n in (1, 2, 4)
     ]
     lines = {k: growth.straight([1, 2, 4], [p[k] for p in points]) for k in growth.FIGURES}
     pytest.importorskip("matplotlib")
