@@ -4,11 +4,14 @@
 # make bench   the shorter measurements of README; what it compares with is in requirements-bench.txt
 # make clean   remove the environment and the demo's run; runs of your own stay
 #
-# CUDA=cu126   with any of them: the torch of that CUDA version instead of the default one; cards before Turing need it
+# CUDA=cu126   with any of them: the torch of that CUDA version instead of the one that is there; cards before Turing
+#              need it
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Other programs have a variable of that name in the environment.
+TORCH := $(if $(filter command%,$(origin CUDA)),$(VENV)/torch-$(CUDA))
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
@@ -38,12 +41,18 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python qwen_prime_bench.py grow
 	$(BIN)/python qwen_prime_bench.py import
 
-$(VENV)/installed: requirements.txt
+$(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
-ifdef CUDA
+	touch $@
+
+$(VENV)/torch-%: requirements.txt | $(VENV)/made
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --torch-backend=$(CUDA) $(shell grep '^torch==' requirements.txt)
-endif
+	$(BIN)/uv pip install --python $(BIN)/python --reinstall-package torch --torch-backend=$* \
+	  $(shell grep '^torch==' requirements.txt)
+	rm -f $(VENV)/torch-*
+	touch $@
+
+$(VENV)/installed: requirements.txt $(TORCH) | $(VENV)/made
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -31,6 +31,7 @@ from ghost_core import GhostLinearTandem, ghost_cross_entropy
 from ghost_grid import GhostGrid
 from packed_attention import Starts, document_lengths, serves, starts_of
 from packed_batches import Batch
+from prime_device import is_out_of_memory
 from vote_rules import Ballot, MomentumRule, cast_keys
 
 CAPABILITY = (8, 0)
@@ -255,8 +256,9 @@ class MicroBatchGraph:
                 self._passes(memory)
         except RuntimeError as error:
             # Ending a recording that memory has broken off may fail in its turn, and would hide why.
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
+            cause = error.__context__
+            if isinstance(cause, Exception) and is_out_of_memory(cause):
+                raise cause from None
             raise
         finally:
             self.ballot.controls, self.ballot.torn, self.ballot.standing = None, False, standing

@@ -259,7 +259,7 @@ def recorded_hash(path: Path | str) -> str:
     Raises:
         CheckpointError: no such file, or one that does not end as a checkpoint of this suite does.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(
             f"{path} is a folder, expected a PRIME checkpoint: qwen_prime_importer.py --model {path} --output "
             "NAME_prime_init.pt makes one of a model's folder"

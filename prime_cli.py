@@ -40,11 +40,17 @@ def run(
     """
     try:
         code = _run(config_class, main, errors, arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):
+        # rich ends the program itself where its output goes nowhere.
         if not _nobody_reads():
             raise
         return READER_GONE
+    except OSError as error:
+        print(f"error: what was to be printed is not whole: {error}", file=sys.stderr)
+        _discard(sys.stdout.fileno())
+        return 1
     return code
 
 
@@ -56,14 +62,21 @@ def _nobody_reads() -> bool:
     """Whether standard output leads to a closed pipe; if so, what is left of it goes nowhere from now on."""
     try:
         output = sys.stdout.fileno()
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
+        return False
+    if not hasattr(select, "poll"):
         return False
     watch = select.poll()
     watch.register(output, 0)
     if not any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    _discard(output)
     return True
+
+
+def _discard(output: int) -> None:
+    """Send what is still to be written nowhere: at its end Python would try once more, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 def _run(

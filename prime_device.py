@@ -52,6 +52,16 @@ def _cpu_flags() -> frozenset[str]:
 
 _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 """Files that are there where NVIDIA's driver is: Linux, and Windows' Linux."""
+_CONTAINERS = (Path("/.dockerenv"), Path("/run/.containerenv"))
+"""Files that are there in a container, which sees its host's driver even where it was given no card."""
+
+
+def _has_hidden_card() -> bool:
+    """Whether the machine has a card that this torch does not see, though nobody asked it not to."""
+    masked = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    given = Path("/dev/nvidiactl").exists() or not any(path.exists() for path in _CONTAINERS)
+    driver = any(path.exists() for path in _DRIVERS)
+    return driver and given and not masked and not torch.cuda.is_available()
 
 
 def _other_torch(backend: str = "auto") -> str:
@@ -70,7 +80,7 @@ def check_device(device: str) -> None:
     Raises:
         DeviceError: with the command that installs a torch that has.
     """
-    hidden = not torch.cuda.is_available() and any(path.exists() for path in _DRIVERS)
+    hidden = _has_hidden_card()
     if torch.device(device).type != "cuda":
         if hidden:
             log.warning(

@@ -128,7 +128,7 @@ def summary(results: Iterable[Mapping[str, Any]], steps: int | None = None) -> l
             sources=tuple(x["source_after"] for x in best),
             forgetting=_mean(best, "source_after") - _mean(best, "source_before"),
             rates=len(rates),
-            highest=rate == max(x["lr"] for x in groups[name, method]) != min(rates),
+            highest=rate == max(tried := {x["lr"] for x in groups[name, method]}) and len(tried) > 1,
         )
         rows.append(_against_baseline(row, curve_of(groups[name, method]), groups.get((name, BASELINE), [])))
     return rows

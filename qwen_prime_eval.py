@@ -2,13 +2,14 @@
 
     python qwen_prime_eval.py coder_prime_init.pt --text book.txt
     python qwen_prime_eval.py coder_prime_step_300.pt --data records.jsonl
+    python qwen_prime_eval.py runs/coder/coder_prime_step_300.pt --run runs/coder
     python qwen_prime_eval.py coder_prime_step_300.pt --core --humaneval HumanEval.jsonl.gz --execute
     python qwen_prime_eval.py --compare EVAL_coder_init.json EVAL_coder_step_300.json
 
-``--text`` and ``--data`` measure loss, ``--core`` adds the prompts and invariants of ``core_eval`` and writes
-``EVAL_name_step.json`` beside the checkpoint; before and after, source and import are one command each. ``--humaneval``
-writes functions; they are run only with ``--execute``, contained (``code_sandbox``). ``--completions`` judges functions
-that somebody else wrote, without a model.
+``--text``, ``--data`` and ``--run`` measure loss, ``--core`` adds the prompts and invariants of ``core_eval`` and
+writes ``EVAL_name_step.json`` beside the checkpoint; before and after, source and import are one command each.
+``--humaneval`` writes functions; they are run only with ``--execute``, contained (``code_sandbox``). ``--completions``
+judges functions that somebody else wrote, without a model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import core_eval
 import prime_cli
 import prime_hf  # noqa: F401  its import registers the plug-in for folders of indices
-from answer_masks import describe, encode_records
+from answer_masks import EncodedSet, describe, encode_records
 from code_eval import complete, judge, read_completions, read_problems
 from code_sandbox import Limits, SandboxError
 from packed_batches import evaluation_batches
@@ -61,11 +62,10 @@ class EvalConfig:
     """Tokens of a window of --text; by default the model's context."""
     stride: int | None = None
     """Tokens between windows of --text that overlap, the usual recipe; by default they do not."""
-    data: str | None = None
-    """Instruction records whose answers to score (those of split "eval" where records name one); with --hold-out
-    whatever the trainer takes."""
-    hold_out: float | None = None
-    """Score what a run with the same --data and this --hold-out (0.02 by default there) does not learn."""
+    data: Path | None = None
+    """Instruction records whose answers to score (those of split "eval" where records name one)."""
+    run: Path | None = None
+    """Score the answers that this run holds out, by the data and settings of its config.json."""
     seq_len: int = 512
     """Tokens in a packed row of --data."""
     core: bool = False
@@ -96,7 +96,9 @@ class EvalConfig:
     """Also write the report here."""
 
     def __post_init__(self) -> None:
-        asked = (self.text, self.data, self.humaneval)
+        asked = (self.text, self.data, self.run, self.humaneval)
+        if self.data is not None and self.run is not None:
+            raise ValueError("--data scores a file, --run what a run holds out: choose one")
         if self.compare:
             if self.model or self.core or any(asked):
                 raise ValueError("--compare reads reports and measures nothing: give it alone")
@@ -104,8 +106,8 @@ class EvalConfig:
                 raise ValueError(f"compare has {len(self.compare)} report, expected at least 2")
             return
         if not self.core and not any(asked):
-            raise ValueError("nothing to measure: give --text, --data, --core, --humaneval or --compare")
-        if self.model is None and (not self.completions or self.core or self.text or self.data):
+            raise ValueError("nothing to measure: give --text, --data, --run, --core, --humaneval or --compare")
+        if self.model is None and (not self.completions or self.core or self.text or self.data or self.run):
             raise ValueError("which model? give a PRIME .pt file or a model folder first")
         if self.completions is not None and (self.humaneval is None or not self.execute):
             raise ValueError("completions are judged with --humaneval FILE and --execute, which runs their code")
@@ -114,8 +116,6 @@ class EvalConfig:
                 f"batch-size is {self.batch_size}, seq-len {self.seq_len}, jobs {self.jobs}, max-new-tokens "
                 f"{self.max_new_tokens} and timeout {self.timeout}, expected at least 1, 2, 1, 1 and above 0"
             )
-        if self.hold_out is not None and (self.data is None or not 0 < self.hold_out < 1):
-            raise ValueError(f"hold-out is {self.hold_out}, expected a share between 0 and 1, and --data")
         if self.stride is not None and self.stride < 1:
             raise ValueError(f"stride is {self.stride}, expected at least 1")
 
@@ -145,28 +145,51 @@ def read_text(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
+def held_out_of(run: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedSet, int]:
+    """What a run holds out, as it does: its documents, and tokens in a row of them.
+
+    Raises:
+        DataError: no such run, its data cannot be read or used, or it holds out nothing.
+    """
+    path = run / "config.json"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(DataSettings)}
+        chosen = {name: value for name, value in told.items() if name in known}
+        settings = DataSettings(**{**chosen, "data_cache": Path(told["data_cache"]) if told["data_cache"] else None})
+        arguments = (told["data"], told["eval_data"], tokenizer, int(told["seq_len"]), settings, int(told["seed"]))
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} does not say what the run reads ({type(error).__name__}: {error}): expected the folder of a run "
+            "of qwen_prime_train.py"
+        ) from error
+    found = open_data(*arguments)
+    log.info(found.summary)
+    if found.held is None:
+        raise DataError(f"{run} holds out nothing: score a file with --data")
+    return found.held, arguments[3]
+
+
 def score_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> dict[str, Any]:
-    """Loss of the answers of instruction records.
+    """Loss of the answers of instruction records, or of what a run holds out.
 
     Raises:
         DataError: they cannot be read or used, or nothing is held out.
     """
-    assert config.data is not None, "the caller looked"
-    seq_len = min(config.seq_len, model.config.max_position_embeddings)
-    if config.hold_out is not None:
-        found = open_data(config.data, None, tokenizer, seq_len, DataSettings(hold_out=config.hold_out))
-        log.info(found.summary)
-        if found.held is None:
-            raise DataError(f"of {config.data} nothing is held out at --hold-out {config.hold_out}: ask for more of it")
-        encoded = found.held
+    if config.run is not None:
+        encoded, seq_len = held_out_of(config.run, tokenizer)
+        count = len(encoded)
     else:
+        assert config.data is not None, "the caller looked"
+        seq_len = min(config.seq_len, model.config.max_position_embeddings)
         records = read_records(config.data, split="eval")
         encoded = encode_records(records, tokenizer, seq_len)
+        count = len(records.records)
         log.info(describe(records, encoded))
         if records.split is None:
             log.info(
                 "no record names a split: all are scored, also those that a run with this file has learned; "
-                "--hold-out 0.02 scores what such a run holds out"
+                "--run RUN scores what that run holds out"
             )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     mean, tokens = mean_answer_loss(model, evaluation_batches(encoded, seq_len, config.batch_size, pad))
@@ -174,7 +197,7 @@ def score_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
         "nll_per_token": mean,
         "perplexity": math.exp(min(mean, 700.0)),
         "tokens": tokens,
-        "records": len(encoded),
+        "records": count,
         "seq_len": seq_len,
         "sha256": encoded.fingerprint,
     }
@@ -223,12 +246,12 @@ def measure(config: EvalConfig) -> dict[str, Any]:
     model, tokenizer, kind = load_model(config.model)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
     with precision(config):
-        if config.data is not None:
+        if config.data is not None or config.run is not None:
             loss = score_data(model, tokenizer, config)
             scores |= {f"answers.{k}": loss[k] for k in ("nll_per_token", "tokens")}
             settings["data"] = {
-                "file": Path(config.data).name,
-                "hold_out": config.hold_out,
+                "file": config.data.name if config.data is not None else None,
+                "run": str(config.run) if config.run is not None else None,
                 **{k: loss[k] for k in ("records", "seq_len", "sha256")},
             }
         if config.text is not None:

@@ -139,7 +139,9 @@ def settle_memory(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
         log.info("memory is short: what is freed is given back at once, which costs a third of the speed")
 
 
-def say_if_disk_is_small(trainer: VoteTrainer, checkpoint: dict[str, Any], folder: RunFolder) -> None:
+def say_if_disk_is_small(
+    trainer: VoteTrainer, config: TrainConfig, checkpoint: dict[str, Any], folder: RunFolder
+) -> None:
     """A warning at the start where the disk would fill up during the night."""
     buffer = trainer.ballot.rule.bytes_per_weight - 2
     weights = sum(grid.indices.numel() for grid in trainer.grids.values())
@@ -147,7 +149,9 @@ def say_if_disk_is_small(trainer: VoteTrainer, checkpoint: dict[str, Any], folde
     floats = sum(parameter.nbytes for parameter in trainer.floats.values())
     beside = sum(tensor.nbytes for key in ("tokenizer", "manifold") for _, tensor in walk_tensors(checkpoint[key]))
     size = model + buffer * weights + 2 * floats + beside
-    if (found := folder.lacks_room(size)) is not None:
+    # One at the beginning of a run, and one at its end.
+    saves = (trainer.done == 0) + -(-max(0, config.steps - trainer.done) // config.save_every)
+    if (found := folder.lacks_room(size, saves)) is not None:
         log.warning(
             "%s has room for %.1f GB of checkpoints, the run may need %.1f (%.1f each: the last %d, the best, one "
             "being written): lower --keep-last, or the run ends when the disk is full",
@@ -220,7 +224,7 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
     if config.resume:
         trainer.restore(checkpoint)
         best = checkpoint["train_state"].get("best")
-    say_if_disk_is_small(trainer, checkpoint, folder)
+    say_if_disk_is_small(trainer, config, checkpoint, folder)
     base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}
     session = Session(trainer, config, base, data.held, tokenizer, best, folder, source)
     settings: dict[str, Any] = {

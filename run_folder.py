@@ -62,20 +62,25 @@ class RunFolder:
         found = {run_name(file) for file in self.folder.glob("*_prime_step_*.pt")}
         return sorted(found - {self.name})
 
-    def lacks_room(self, size: int) -> tuple[int, int] | None:
+    def lacks_room(self, size: int, saves: int) -> tuple[int, int] | None:
         """Whether the disk is too small for what the run may come to hold: the last ``keep_last`` checkpoints, an older
         best one, and one that is being written.
 
         Args:
             size: bytes of a checkpoint.
+            saves: how many are still to come.
 
         Returns:
-            (needed, there) in bytes, what the run already has counted as there; None where it is enough.
+            (needed, there) in bytes, what the run already has counted as there; None where it is enough, or where the
+            system does not say.
         """
         files = [file for _, file in self.saved()] + ([self.best] if self.best.exists() else [])
         held = {(s := file.stat()).st_ino: s.st_size for file in files}
-        there = shutil.disk_usage(self.folder).free + sum(held.values())
-        needed = (self.keep_last + 2) * size
+        try:
+            there = shutil.disk_usage(self.folder).free + sum(held.values())
+        except OSError:
+            return None
+        needed = min(self.keep_last + 2, len(held) + saves) * size
         return (needed, there) if needed > there else None
 
     def newest(self, at_most: int | None = None) -> tuple[Path, dict[str, Any]] | None:

@@ -654,11 +654,12 @@ class VoteTrainer:
 
     def _course(self) -> dict[str, Any]:
         """What decides how far every step goes."""
-        names = ("steps", "lr", "schedule", "warmup", "weight_decay", "beta")
-        return {name: getattr(self.recipe, name) for name in names}
+        names = ("steps", "lr", "schedule", "warmup", "weight_decay")
+        beta = getattr(self.ballot.rule, "beta", None)
+        return {**{name: getattr(self.recipe, name) for name in names}, "beta": beta}
 
     def _check_course(self, begun: Mapping[str, Any]) -> None:
-        """The run goes on as it began; only its length may change, which the log says.
+        """The run goes on as it began; it may only become longer, which the log says.
 
         Raises:
             TrainError: it does not.
@@ -667,14 +668,14 @@ class VoteTrainer:
             was = begun.get(name, mine)
             if was == mine:
                 continue
-            if name != "steps":
-                flag = f"--{name.replace('_', '-')}"
-                way = f"leave {flag} out" if was is None else f"add {flag} {was}"
+            if name != "steps" or mine < was:
                 raise TrainError(
-                    f"cannot resume: the run began with {name} {was}, this command says {mine}: {way} to go on as it "
-                    f"began, or begin a new run from the checkpoint with --checkpoint and another --output-dir"
+                    f"cannot resume: the run began with {name} {was}, this command says {mine}: add "
+                    f"--{name.replace('_', '-')} {was} to go on as it began, or begin a new run from the checkpoint "
+                    "with --checkpoint and another --output-dir"
                 )
-            log.warning("the run was to have %d steps, now %d: the learning rate takes another course", was, mine)
+            course = "" if self.recipe.schedule == "constant" else ": the learning rate takes another course"
+            log.warning("the run was to have %d steps, now %d%s", was, mine, course)
 
     def checkpoint(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """All of the present state as the content of a checkpoint of stage "train" (``prime_checkpoint``).
@@ -715,12 +716,12 @@ class VoteTrainer:
                 )
             self.watch.contingency.load_state_dict(state["contingency"])
         own = self.state()
-        # Checkpoints of before these were kept have none.
-        self._check_course(state.get("recipe", {}))
         names = ["seed", "vote_rule", "vote_buffer", "micro_batches", *(["supervisor"] if self.watch else [])]
         for name in names:
             if state[name] != own[name]:
                 raise TrainError(f"cannot resume: the checkpoint has {name} {state[name]}, this run {own[name]}")
+        # Checkpoints of before these were kept have none.
+        self._check_course(state.get("recipe", {}))
         if self.watch is not None:
             if (state["governor"] is None) != (self.watch.governor is None):
                 raise TrainError("cannot resume: the checkpoint and this run disagree on --governor")

@@ -102,6 +102,21 @@ def test_a_reader_that_has_left_is_no_error(what: str) -> None:
     assert (process.returncode, said) == (prime_cli.READER_GONE, "")
 
 
+@pytest.mark.parametrize(("how", "code", "word"), [(">&-", 7, ""), (">/dev/full", 1, "error: what was to be printed")])
+def test_output_that_goes_nowhere_or_is_full(how: str, code: int, word: str) -> None:
+    """Closed, as under some supervisors, it is nobody's loss; cut short it is."""
+    program = "import sys, test_prime_cli as t; sys.exit(t.run(['--count', '7'], lambda c: print('x') or c.count))"
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {how}', "sh", sys.executable, "-c", program],
+        capture_output=True,
+        env={"PYTHONPATH": f"{here}:{here.parent}"},
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code and done.stderr.startswith(word) and done.stderr.count("\n") == bool(word)
+
+
 def test_a_pipe_that_breaks_elsewhere_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(config: Example) -> int:
         raise BrokenPipeError("the server hung up")

@@ -60,6 +60,8 @@ def test_a_card_that_torch_does_not_see_is_named(
 ) -> None:
     """A torch for another CUDA falls silent, and so would a run on the CPU that takes fifty times as long."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(device, "_CONTAINERS", ())
     monkeypatch.setattr(device, "_DRIVERS", (tmp_path / "version",))
     device.check_device("cpu")
     assert not caplog.text
@@ -69,6 +71,15 @@ def test_a_card_that_torch_does_not_see_is_named(
     with pytest.raises(device.DeviceError, match="--torch-backend=auto"):
         device.check_device("cuda")
     caplog.clear()
+    for masked in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", masked)
+        device.check_device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    if not Path("/dev/nvidiactl").exists():
+        # A container sees its host's driver, and no card where it was given none.
+        monkeypatch.setattr(device, "_CONTAINERS", (tmp_path,))
+        device.check_device("cpu")
+        monkeypatch.setattr(device, "_CONTAINERS", ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device.check_device("cpu")
     assert not caplog.text

@@ -81,6 +81,7 @@ def test_what_a_run_holds_out_is_scored_again(
         seq_len=128,
         grad_accum=1,
         hold_out=0.2,
+        last_turn_only=True,
         sample_every=0,
         data_cache=tmp_path / "cache",
         compute="float32",
@@ -89,15 +90,13 @@ def test_what_a_run_holds_out_is_scored_again(
     assert train.main(run) == 0
     at_its_end = json.loads((tmp_path / "run" / "EVAL_tiny_step_1.json").read_text())
     reports = []
-    for hold_out in (None, 0.2):
+    for run_or_file in ({"data": file, "seq_len": 128}, {"run": tmp_path / "run"}):
         out = tmp_path / "out.json"
-        config = evaluation.EvalConfig(
-            model=tmp_path / "run" / "tiny_prime_step_1.pt", data=str(file), hold_out=hold_out, seq_len=128, json=out
-        )
+        config = evaluation.EvalConfig(model=tmp_path / "run" / "tiny_prime_step_1.pt", json=out, **run_or_file)  # type: ignore[arg-type]
         caplog.clear()
         with caplog.at_level("INFO"):
             assert evaluation.main(config) == 0
-        assert ("names a split" in caplog.text) == (hold_out is None)
+        assert ("names a split" in caplog.text) == ("data" in run_or_file)
         reports.append(json.loads(out.read_text()))
     everything, held = reports
     assert everything["records"] == 60 and 0 < held["records"] < 30
@@ -174,8 +173,7 @@ def test_bfloat16_scores_close_to_float32(tmp_path: Path) -> None:
         ({"humaneval": MODEL, "completions": MODEL}, "--execute"),
         ({"model": MODEL, "text": MODEL, "stride": 0}, "stride is 0"),
         ({"model": MODEL, "text": MODEL, "batch_size": 0}, "batch-size is 0"),
-        ({"model": MODEL, "text": MODEL, "hold_out": 0.1}, "and --data"),
-        ({"model": MODEL, "data": "x", "hold_out": 1.0}, "hold-out is 1.0"),
+        ({"model": MODEL, "data": MODEL, "run": MODEL}, "choose one"),
     ],
 )
 def test_usage(changes: Any, message: str) -> None:

@@ -377,7 +377,7 @@ OTHER_RUNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"schedule": "linear"}, "add --schedule cosine "),
     ({}, {"warmup": 3}, "add --warmup 1 "),
     ({}, {"weight_decay": 0.01}, "add --weight-decay 0.0 "),
-    ({}, {"beta": 0.5}, "leave --beta out"),
+    ({}, {"beta": 0.5}, "add --beta 0.7 "),
     ({"beta": 0.5}, {"beta": None}, "add --beta 0.5 "),
 ]
 
@@ -402,7 +402,14 @@ def test_resuming_as_another_run_is_one_line(
 def test_a_run_may_become_longer(quick: train.TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     assert train.main(replace(quick, steps=1)) == 0
     assert train.main(replace(quick, resume=True)) == 0
-    assert "was to have 1 steps, now 4" in caplog.text
+    assert "was to have 1 steps, now 4: the learning rate" in caplog.text
+    with pytest.raises(train.TrainError, match="add --steps 4 "):
+        train.main(replace(quick, resume=True, steps=3))
+
+
+def test_what_is_the_default_may_be_said(quick: train.TrainConfig) -> None:
+    assert train.main(replace(quick, steps=2, schedule="constant")) == 0
+    assert train.main(replace(quick, steps=3, schedule="constant", beta=0.7, resume=True)) == 0
 
 
 def test_a_checkpoint_of_before_the_recipe_was_kept_goes_on(quick: train.TrainConfig) -> None:
@@ -463,13 +470,17 @@ def test_a_small_disk_is_named_at_the_start(
     assert train.main(replace(quick, steps=2)) == 0
     assert "keep-last" not in caplog.text
     size = (quick.output_dir / "prime-harmonic_prime_step_2.pt").stat().st_size
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=0))
+    room = types.SimpleNamespace(free=2 * size)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda folder: room)
     assert train.main(replace(quick, resume=True)) == 0
+    assert "has room for" not in caplog.text, "there is only one more to come"
+    room.free = 0
+    assert train.main(replace(quick, steps=9, resume=True)) == 0
     found = re.search(r"room for ([\d.]+) GB of checkpoints, the run may need ([\d.]+) \(([\d.]+) each", caplog.text)
     assert found is not None
     foreseen = []
-    monkeypatch.setattr(RunFolder, "lacks_room", lambda self, size: foreseen.append(size))
-    assert train.main(replace(quick, resume=True, steps=5)) == 0
+    monkeypatch.setattr(RunFolder, "lacks_room", lambda self, size, saves: foreseen.append(size))
+    assert train.main(replace(quick, resume=True, steps=10)) == 0
     # Beside these a file holds row state and torch's own records.
     assert 0.8 * size < foreseen[0] < size
 

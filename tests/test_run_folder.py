@@ -63,15 +63,22 @@ def test_room_for_what_a_run_may_come_to_hold(tmp_path: Path, monkeypatch: pytes
     folder = RunFolder(tmp_path, "x", keep_last=3)
     free = 350
     monkeypatch.setattr(shutil, "disk_usage", lambda where: types.SimpleNamespace(free=free))
-    assert folder.lacks_room(70) is None
-    assert folder.lacks_room(71) == (355, 350)
+    assert folder.lacks_room(70, 9) is None
+    assert folder.lacks_room(71, 9) == (355, 350)
+    assert folder.lacks_room(100, 3) is None and folder.lacks_room(100, 4) == (400, 350)
     for step in (1, 2):
         (tmp_path / f"x_prime_step_{step}.pt").write_bytes(bytes(100))
     (tmp_path / "x_prime_best.pt").hardlink_to(tmp_path / "x_prime_step_1.pt")
     (tmp_path / "y_prime_step_1.pt").write_bytes(bytes(100))
-    assert folder.lacks_room(110) is None
-    assert folder.lacks_room(111) == (555, 550)
+    assert folder.lacks_room(110, 9) is None
+    assert folder.lacks_room(111, 9) == (555, 550)
     assert folder.other_names() == ["y"]
+
+    def silent(where: Path) -> None:
+        raise OSError("no such thing on this file system")
+
+    monkeypatch.setattr(shutil, "disk_usage", silent)
+    assert folder.lacks_room(10**9, 9) is None
 
 
 def test_without_hard_links_the_best_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
