@@ -29,6 +29,8 @@ CUDA_CONTEXT = 450_000_000
 """Allowance for a CUDA context with cuBLAS; not measured here, 0.3 to 0.6 GB by card and driver."""
 CUDA_HELD = 400_000_000
 """What torch's allocator holds on a card beyond what is in use: 0.22 to 0.40 GB on an H200, 1.5 and 1.7 B weights."""
+CPU_KERNELS = 60_000_000
+"""What kernels take that are compiled when they are first needed: 55 to 70 MB."""
 ALLOWANCE = 0.10
 """Share of a step's activations and slices that allocators keep beyond what is in use."""
 
@@ -102,6 +104,8 @@ def budget(model: PreTrainedModel, settings: Settings, open_layers: int | None =
     if settings.cuda:
         lines.append(Line("held by torch, not in use", CUDA_HELD, "an allowance; less where memory is short"))
         lines.append(Line("CUDA context", CUDA_CONTEXT, "an allowance"))
+    else:
+        lines.append(Line("compiled kernels", CPU_KERNELS, "an allowance"))
     return lines
 
 

@@ -61,6 +61,10 @@ def draw_manifolds(path: Path) -> None:
     plt.close(figure)
 
 
+RUINED = 4
+"""Times the median rise of the old loss from which on a point lies outside of its panel."""
+
+
 def draw_quality(results: Path, path: Path) -> None:
     """What each method learned against what it forgot, one curve over learning rates per method, one panel per task."""
     lines = list(read_lines(results))
@@ -71,14 +75,23 @@ def draw_quality(results: Path, path: Path) -> None:
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
     for axis, task in zip(axes.flat, tasks, strict=False):
+        drawn: list[tuple[float, float]] = []
         for method, (label, colour, style) in METHODS.items():
             # Without the start, which all share: a line from there to the lowest rate would be no measurement.
             curve = quality_summary.curve_of([x for x in lines if (x["task"], x["method"]) == (task, method)])[1:]
+            drawn += curve
             if curve:
                 axis.plot(*zip(*curve, strict=True), style, color=colour, label=label, markersize=4.5, linewidth=1.4)
         axis.set(title=TITLES[task], xlabel="held-out loss of the new domain, nats per token (better: to the right)")
         axis.set_ylabel("rise of the old domain's loss (better: low)")
         axis.invert_xaxis()
+        # A rate that ruins a model would leave no room for the others: its line leaves the panel.
+        limit = RUINED * sorted(rise for _, rise in drawn)[len(drawn) // 2]
+        seen = [point for point in drawn if point[1] <= limit]
+        if len(seen) < len(drawn):
+            (low, high), (least, most) = ((min(x), max(x)) for x in zip(*seen, strict=True))
+            axis.set_xlim(high + 0.05 * (high - low), low - 0.05 * (high - low))
+            axis.set_ylim(least - 0.05 * (most - least), most + 0.08 * (most - least))
         axis.grid(alpha=0.25)
     axes.flat[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

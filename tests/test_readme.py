@@ -1,4 +1,4 @@
-"""The README's commands parse, its file table matches the tree, its pictures exist."""
+"""The commands of README and BENCHMARKS parse, the file table matches the tree, pictures and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README, BENCHMARKS = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "BENCHMARKS.md"))
 CONFIGS = {
     "qwen_prime_importer": "ImportConfig",
     "qwen_prime_train": "TrainConfig",
@@ -26,9 +26,11 @@ CONFIGS = {
 
 
 def commands() -> list[str]:
-    """Every ``python script.py ...`` line in the README's code blocks, continuation lines joined."""
+    """Every ``python script.py ...`` line in their code blocks, continuation lines joined."""
     found: list[str] = []
-    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", TEXT, flags=re.DOTALL):
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", f"{README}\n{BENCHMARKS}", flags=re.DOTALL):
+        if language not in ("", "bash", "sh"):
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             line = line.split("#")[0].strip()
             if line.startswith("python "):
@@ -57,16 +59,25 @@ def test_there_are_commands_of_every_script() -> None:
 
 
 def test_the_file_table_matches_the_tree() -> None:
-    listed = set(re.findall(r"^\| `([\w.]+\.py)` \|", TEXT, flags=re.MULTILINE))
+    listed = set(re.findall(r"^\| `([\w.]+\.py)` \|", README, flags=re.MULTILINE))
     assert listed == {f.name for f in ROOT.glob("*.py")}
 
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make (\w+)`", TEXT):
+    for target in re.findall(r"(?:`|^)make (\w+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_pictures_and_links_exist() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+def anchors(text: str) -> set[str]:
+    """What a link to a heading says behind its #: lower case, punctuation gone, spaces to hyphens."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_pictures_and_links_lead_somewhere() -> None:
+    for text in (README, BENCHMARKS):
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):
+            assert not target or (ROOT / target).exists(), target
+            if anchor:
+                assert anchor in anchors(BENCHMARKS if target == "BENCHMARKS.md" else text), anchor
