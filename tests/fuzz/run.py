@@ -330,13 +330,13 @@ class Found:
     failed: list[tuple[int, str]] = field(default_factory=list)
 
 
-def work(target: Target, folder: Path, seed: int, seconds: float, pool: list[bytes]) -> Found:
-    """Attempts from a seed on, for some seconds, in this process."""
+def work(target: Target, folder: Path, seed: int, seconds: float, pool: list[bytes], least: int = 1) -> Found:
+    """Attempts from a seed on, for some seconds and at least so many files, in this process."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + SPACE, used + SPACE))
     folder.mkdir(exist_ok=True)
     path, found = folder / target.name, Found()
-    while found.seconds < seconds and len(found.failed) < 20:
+    while (found.seconds < seconds or found.files < least) and len(found.failed) < 20:
         begun, this = time.perf_counter(), seed + found.files
         (folder / "seed").write_text(str(this))
         data, busy = mutate(target, random.Random(this), pool), time.process_time()
@@ -350,14 +350,14 @@ def work(target: Target, folder: Path, seed: int, seconds: float, pool: list[byt
     return found
 
 
-def fuzz(target: Target, folder: Path, seed: int, seconds: float, pool: list[bytes]) -> Found:
+def fuzz(target: Target, folder: Path, seed: int, seconds: float, pool: list[bytes], least: int = 1) -> Found:
     """As :func:`work`, in a process of its own that may crash."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         code = 1
         try:
             os.close(reading)
-            os.write(writing, pickle.dumps(work(target, folder, seed, seconds, pool)))
+            os.write(writing, pickle.dumps(work(target, folder, seed, seconds, pool, least)))
             code = 0
         finally:
             os._exit(code)
