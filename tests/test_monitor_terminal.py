@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -247,7 +248,15 @@ def test_on_a_terminal_a_new_step_appears_and_ctrl_c_leaves_the_frame(finished: 
     primary, secondary = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "50"}
     command = [sys.executable, str(ROOT / "monitor_qwen.py"), str(finished)]
-    process = subprocess.Popen(command, stdin=secondary, stdout=secondary, stderr=secondary, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+        env=environment,
+        # Tests that run in the background of a script ignore Ctrl-C, and children would inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(secondary)
     try:
         first = read_until(primary, "SAMPLES")

@@ -235,6 +235,8 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.pid, self.master = pty.fork()
         if self.pid == 0:
+            # Tests that run in the background of a script ignore Ctrl-C, and children would inherit it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(sys.executable, command, environment)
         self.seen = ""
 
