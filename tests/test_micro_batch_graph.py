@@ -22,7 +22,7 @@ from packed_batches import Batch
 from qwen_prime_wrapper import answer_loss, model_tensors
 from training_recipe import Recipe
 from vote_rules import Ballot, MomentumRule
-from vote_trainer import NightWatch, VoteTrainer
+from vote_trainer import NightWatch, StepResult, VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 96
@@ -338,10 +338,8 @@ def test_one_gradient_that_is_not_finite_under_a_sound_loss_is_marked_and_taken_
     assert not torch.equal(state_of(trainer)[f"{name}.votes"], before[f"{name}.votes"])
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_a_first_micro_batch_that_is_not_finite_leaves_nothing_to_compare_with(without_a_card: None) -> None:
-    trainer = trainer_of(True, "momentum", 3, True)
-    trainer.step()
+def step_with_a_broken_first(trainer: VoteTrainer) -> StepResult:
+    """A step whose first micro-batch is no number."""
     grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
     scale, cast_ = grid.scale.clone(), trainer._cast
 
@@ -354,8 +352,17 @@ def test_a_first_micro_batch_that_is_not_finite_leaves_nothing_to_compare_with(w
             grid.scale.copy_(scale)
 
     trainer._cast = first_breaks  # type: ignore[method-assign]
-    assert trainer.step().skipped == 1
-    trainer._cast = cast_  # type: ignore[method-assign]
+    try:
+        return trainer.step()
+    finally:
+        trainer._cast = cast_  # type: ignore[method-assign]
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_a_first_micro_batch_that_is_not_finite_leaves_nothing_to_compare_with(without_a_card: None) -> None:
+    trainer = trainer_of(True, "momentum", 3, True)
+    trainer.step()
+    assert step_with_a_broken_first(trainer).skipped == 1
     result = trainer.step()
     assert result.skipped == 0 and result.seconded is not None and math.isfinite(result.seconded)
 
@@ -378,20 +385,7 @@ def test_what_later_micro_batches_are_compared_with_is_never_made_while_recordin
         return record(self, memory)
 
     monkeypatch.setattr(PlayedByHand, "_record", looked_at_first)
-    grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
-    scale, cast_ = grid.scale.clone(), trainer._cast
-
-    def first_breaks(batch: Batch, k: int, weight: float) -> Any:
-        if k == 0:
-            grid.scale[0] = math.nan
-        try:
-            return cast_(batch, k, weight)
-        finally:
-            grid.scale.copy_(scale)
-
-    trainer._cast = first_breaks  # type: ignore[method-assign]
-    assert trainer.step().skipped == 1 and not recorded
-    trainer._cast = cast_  # type: ignore[method-assign]
+    assert step_with_a_broken_first(trainer).skipped == 1 and not recorded
     trainer.step()
     trainer.step()
     assert recorded and all(recorded)
