@@ -101,9 +101,11 @@ class Method:
 
 
 _RATES = (3e-4, 6e-4, 1.2e-3)
+_BETAS = ((0.7, 0.95), (0.8, 0.95), (0.8, 0.99), (0.9, 0.99), (0.9, 0.999), (0.95, 0.95), (0.95, 0.99))
 METHODS: dict[str, Method] = {
     "adamw": Method("adamw", _RATES),
-    "adamw-beta1-0.7": Method("adamw", _RATES, betas=(0.7, 0.95)),
+    # What other betas would have given it, beside votes whose constants were tried out as well.
+    **{f"adamw-{one}-{two}": Method("adamw", _RATES, betas=(one, two)) for one, two in _BETAS},
     "adamw-8bit": Method("adamw-8bit", _RATES),
     "lora": Method("lora", (1e-3, 3e-3, 1e-2)),
     "supermajority": Method("votes", _RATES, vote_rule="supermajority"),
@@ -111,7 +113,7 @@ METHODS: dict[str, Method] = {
     "momentum": Method("votes", _RATES, vote_rule="momentum"),
     "compact": Method("votes", _RATES, vote_rule="compact", manifold="compact"),
 }
-DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("adamw-beta1-0.7", "stochastic"))
+DEFAULT_METHODS = tuple(name for name in METHODS if name != "stochastic" and not name.startswith("adamw-0."))
 
 
 def check_method(name: str) -> Method:
