@@ -31,6 +31,7 @@ import manifolds
 from bench_models import GEOMETRIES, config_of, gaussian_model
 from bench_tools import BenchError, Times, in_own_process, machine, print_table, version_of, write_json
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
+from night_watch import NightWatch
 from packed_batches import Batch, PackedBatches
 from prime_device import make_deterministic
 from prime_quality import add_adapters
@@ -38,7 +39,7 @@ from qwen_prime_wrapper import answer_loss, parse_config
 from token_shards import Manifest, ShardBlocks
 from training_recipe import Recipe
 from vote_rules import rule_named
-from vote_trainer import NightWatch, VoteTrainer
+from vote_trainer import VoteTrainer
 
 DEVICE = torch.device("cuda")
 CONTEXT = 500_000_000

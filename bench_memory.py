@@ -15,11 +15,12 @@ import memory_plan
 from bench_models import Endless, ghost_model
 from bench_tools import BenchError, in_own_process, machine, print_table, resident_bytes, write_json
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
+from night_watch import NightWatch
 from prime_device import memory_peak, return_freed_memory
 from qwen_prime_wrapper import count_parameters
 from training_recipe import Recipe
 from vote_rules import rule_named
-from vote_trainer import NightWatch, VoteTrainer
+from vote_trainer import VoteTrainer
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from prime_device import has_native_bfloat16
 from vote_rules import VoteRule, rule_named
+
+log = logging.getLogger("train")
 
 
 class TrainError(RuntimeError):
@@ -95,3 +99,32 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     share = min((step - recipe.warmup) / max(1, recipe.steps - recipe.warmup), 1.0)
     fall = (1 + math.cos(math.pi * share)) / 2 if recipe.schedule == "cosine" else 1 - share
     return recipe.lr * (0.1 + 0.9 * fall)
+
+
+def course(recipe: Recipe) -> dict[str, Any]:
+    """What decides how far every step goes, as a checkpoint keeps it."""
+    names = ("steps", "lr", "schedule", "warmup", "weight_decay")
+    return {**{name: getattr(recipe, name) for name in names}, "beta": getattr(recipe.rule(), "beta", None)}
+
+
+def check_course(recipe: Recipe, begun: Mapping[str, Any]) -> None:
+    """A run goes on as it began; it may only become longer, which the log says.
+
+    Args:
+        begun: the run's :func:`course`; what it does not name is not compared.
+
+    Raises:
+        TrainError: it does not.
+    """
+    for name, mine in course(recipe).items():
+        was = begun.get(name, mine)
+        if was == mine:
+            continue
+        if name != "steps" or mine < was:
+            raise TrainError(
+                f"cannot resume: the run began with {name} {was}, this command says {mine}: add "
+                f"--{name.replace('_', '-')} {was} to go on as it began, or begin a new run from the checkpoint "
+                "with --checkpoint and another --output-dir"
+            )
+        other = "" if recipe.schedule == "constant" else ": the learning rate takes another course"
+        log.warning("the run was to have %d steps, now %d%s", was, mine, other)

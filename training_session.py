@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 import core_eval
 from answer_masks import EncodedSet
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor, Verdict
+from night_watch import NightWatch, StepResult
 from packed_batches import evaluation_batches
 from prime_checkpoint import CheckpointError, created_by, recorded_hash
 from prime_device import GIB, is_out_of_memory, memory_peak
@@ -35,7 +36,7 @@ from qwen_prime_wrapper import continue_texts, mean_answer_loss
 from run_folder import RunFolder
 from training_recipe import Recipe, TrainError
 from vote_guard import VoteGuard
-from vote_trainer import NightWatch, StepResult, VotesLost, VoteTrainer
+from vote_trainer import VotesLost, VoteTrainer
 from whole_output import write_whole
 
 log = logging.getLogger("train")

@@ -21,7 +21,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -31,23 +31,12 @@ from transformers import PreTrainedModel
 import ghost_kernels as kernels
 from ghost_core import Movement, apply_votes, grids_of, name_grids
 from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss
-from night_shift import (
-    AntigravitySentinel,
-    LayerGroup,
-    LayerPeel,
-    MemoryContingency,
-    NightShiftSupervisor,
-    Shape,
-    TrainingGovernor,
-    Verdict,
-    layer_groups,
-)
+from night_shift import LayerGroup, LayerPeel, NightShiftSupervisor, Shape, layer_groups
+from night_watch import NightWatch, StepResult, describe, vote_pressure
 from packed_batches import Batch, PackedBatches
 from prime_device import is_out_of_memory, trim_memory
 from qwen_prime_wrapper import answer_loss, copy_tensors, model_tensors
-from training_recipe import Recipe, TrainError, default_rate, learning_rate
-from vote_evidence import Hearing
-from vote_guard import Evidence, VoteGuard
+from training_recipe import Recipe, TrainError, check_course, course, default_rate, learning_rate
 from vote_rules import Ballot
 
 log = logging.getLogger("train")
@@ -57,67 +46,10 @@ class VotesLost(RuntimeError):
     """Memory ran out where votes could not be taken back: the state is of no use, return to a checkpoint."""
 
 
-PRESSURE_ROWS = 32
-"""About how many rows of a grid are looked at to measure its vote pressure."""
-
-
 def _on_the_cpu(optimizer: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state dict without a word of where its tensors were."""
     moments = {i: {n: t.cpu() for n, t in found.items()} for i, found in optimizer["state"].items()}
     return {**optimizer, "state": moments}
-
-
-@dataclass
-class NightWatch:
-    """Who watches a run: layers, bad steps, speed, memory. Mutated by the trainer, saved with it."""
-
-    peel: LayerPeel
-    sentinel: AntigravitySentinel
-    governor: TrainingGovernor | None
-    contingency: MemoryContingency
-    guard: VoteGuard = field(default_factory=VoteGuard)
-
-
-@dataclass
-class StepResult:
-    """What one step did.
-
-    Attributes:
-        loss: mean over the answer tokens that were learned, nats; NaN where none was.
-        tokens, answer_tokens: of the micro-batches that were run.
-        skipped: micro-batches that were not finite.
-        micro_batches: how many were run.
-        moved: by grid.
-        rate: learning rate of the step.
-        data_seconds: spent on getting its micro-batches.
-        verdict: the sentinel's; ``ok`` where there is none.
-        measured: what the governor measured, by group of layers.
-        agreement: cosines of (votes, shuffled votes) with the first micro-batch's descent direction, by group.
-        seconded: cosine of the votes cast with a fresh gradient's descent direction, less that of shuffled votes.
-        consensus: how far the micro-batches agreed with each other, by group: 1/K for noise, 1 for one opinion.
-        movement: mean |change| over mean |weight|, by group.
-        flips: how many weights changed their index, by group.
-        pressure: how full the vote buffers were when they were applied, by group: see :meth:`VoteTrainer._pressure`.
-        events: (kind, fields) of what happened beside the step.
-    """
-
-    loss: float
-    tokens: int
-    answer_tokens: int
-    skipped: int
-    micro_batches: int
-    moved: dict[str, Movement]
-    rate: float
-    data_seconds: float = field(default=0.0, compare=False)
-    verdict: Verdict = field(default_factory=lambda: Verdict("ok"))
-    measured: dict[str, float] = field(default_factory=dict)
-    agreement: dict[str, tuple[float, float]] = field(default_factory=dict)
-    seconded: float | None = None
-    consensus: dict[str, float] = field(default_factory=dict)
-    movement: dict[str, float] = field(default_factory=dict)
-    flips: dict[str, int] = field(default_factory=dict)
-    pressure: dict[str, float] = field(default_factory=dict)
-    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
 class VoteTrainer:
@@ -265,7 +197,9 @@ class VoteTrainer:
             self._probe(events)
         while (result := self._attempt(events)) is None:
             pass
-        self._judge(result)
+        describe(result, self.groups)
+        if self.watch is not None:
+            self.watch.judge(result, self.done, self.groups)
         return result
 
     def _attempt(self, events: list[tuple[str, dict[str, Any]]]) -> StepResult | None:
@@ -313,7 +247,7 @@ class VoteTrainer:
         self.ballot.close()
         pressure: dict[str, float] = {}
         if skipped < ran:
-            pressure = self._pressure()
+            pressure = vote_pressure(self.groups)
             moved = self._apply(rate, count)
         self._clear_gradients()
         if not fits:
@@ -477,29 +411,6 @@ class VoteTrainer:
                 return
         raise VotesLost(f"step {self.done}: memory ran out, and again while votes of micro-batch {k} were taken back")
 
-    @torch.no_grad()
-    def _pressure(self) -> dict[str, float]:
-        """Vote pressure by group: RMS of the votes that are about to move the weights, in units of the largest vote
-        that their buffer holds (0 silent, 1 every vote at the edge). Of a few evenly spaced rows of each grid, every
-        grid counted by its weights."""
-        found: dict[str, float] = {}
-        for group in self.groups:
-            total, weights = 0.0, 0
-            for grid in group.grids.values():
-                if grid.state is None:
-                    continue
-                rows = slice(None, None, max(1, grid.shape[0] // PRESSURE_ROWS))
-                if grid.state.votes is None:
-                    votes, most = grid.tables().votes(grid.indices[rows]), 2 ** (self.ballot.rule.vote_bits - 1) - 1
-                else:
-                    votes, most = grid.state.votes[rows], torch.iinfo(grid.state.votes.dtype).max
-                count = grid.indices.numel()
-                total += float(votes.float().square().mean()) / most**2 * count
-                weights += count
-            if weights:
-                found[group.name] = math.sqrt(total / weights)
-        return found
-
     def _apply(self, rate: float, count: int) -> dict[str, Movement]:
         try:
             moved = apply_votes(self.grids, rate, self.recipe.weight_decay)
@@ -571,65 +482,6 @@ class VoteTrainer:
         self.batches.resize(shape.seq_len, shape.batch_size)
         events.append(("out_of_memory", {"where": where, "from": str(before), "to": str(shape)}))
 
-    # -- the watch --------------------------------------------------------------------------------------------------
-
-    def _judge(self, result: StepResult) -> None:
-        """Fill in what the watch has to say of a step, and set the heats of the next."""
-        Hearing.read([self.grids[name].hearing for name in result.moved])
-        for group in self.groups:
-            names = [n for n in group.grids if n in result.moved]
-            if not names:
-                continue
-            weights = sum(result.moved[n].weights for n in names)
-            result.flips[group.name] = sum(result.moved[n].flips for n in names)
-            travelled = sum(result.moved[n].relative * result.moved[n].weights for n in names)
-            result.movement[group.name] = travelled / weights
-            heard = [c for n in names if (c := self.grids[n].hearing.agreement.cosines) is not None]
-            if heard:
-                result.agreement[group.name] = (
-                    sum(votes for votes, _ in heard) / len(heard),
-                    sum(control for _, control in heard) / len(heard),
-                )
-            opinions = [o for n in names if (o := self.ballot.rule.consensus(self.grids[n])) is not None]
-            if opinions:
-                result.consensus[group.name] = sum(opinions) / len(opinions)
-        if self.watch is None:
-            return
-        governor, sentinel = self.watch.governor, self.watch.sentinel
-        if governor is not None:
-            moved = {g.name: {n: result.moved[n] for n in g.grids if n in result.moved} for g in self.groups}
-            braked = governor.braked()
-            result.measured = governor.steer(moved)
-            for group in self.groups:
-                for grid in group.grids.values():
-                    grid.heat = governor.heat.get(group.name, 1.0)
-            for name in sorted(governor.braked().keys() - braked.keys()):
-                result.events.append(
-                    ("governor", {"layer": name, "measured": result.measured[name], "limit": governor.limit})
-                )
-        weights = sum(m.weights for m in result.moved.values())
-        travel = sum(m.travel * m.weights for m in result.moved.values())
-        size = sum(m.mean_size * m.weights for m in result.moved.values())
-        movement = travel / weights / result.rate if weights and result.rate > 0 else 0.0
-        share = travel / size if size > 0 else 0.0
-        result.verdict = sentinel.judge(self.done, result.loss, movement, share, result.skipped, result.micro_batches)
-        cosines = {name: grid.hearing.seconded.cosines for name, grid in self.grids.items() if name in result.moved}
-        seconded = {name: pair[0] - pair[1] for name, pair in cosines.items() if pair is not None}
-        if seconded:
-            result.seconded = sum(seconded.values()) / len(seconded)
-        if result.skipped < result.micro_batches and result.verdict.kind in ("ok", "spike", "non_finite"):
-            evidence = {
-                name: Evidence(
-                    *(grid.heard, grid.hearing.followed.share, grid.hearing.obeyed.share),
-                    *(result.moved[name].flips, grid.hearing.obeyed.deeds),
-                    seconded=seconded.get(name),
-                )
-                for name, grid in self.grids.items()
-                if name in result.moved
-            }
-            if (reason := self.watch.guard.look(evidence, result.rate, result.loss)) is not None:
-                result.verdict = Verdict("end", reason, self.done)
-
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
@@ -641,41 +493,11 @@ class VoteTrainer:
             "vote_rule": self.recipe.vote_rule,
             "vote_buffer": self.ballot.rule.buffer,
             "micro_batches": self.shape.grad_accum,
-            "recipe": self._course(),
+            "recipe": course(self.recipe),
             "data": self.batches.state_dict(),
             "float_optimizer": self.optimizer.state_dict(),
         }
-        if self.watch is not None:
-            state["supervisor"] = {"peel": str(self.watch.peel), "window": self.watch.peel.window}
-            state["sentinel"] = self.watch.sentinel.state_dict()
-            state["governor"] = None if self.watch.governor is None else self.watch.governor.state_dict()
-            state["contingency"] = self.watch.contingency.state_dict()
-        return state
-
-    def _course(self) -> dict[str, Any]:
-        """What decides how far every step goes."""
-        names = ("steps", "lr", "schedule", "warmup", "weight_decay")
-        beta = getattr(self.ballot.rule, "beta", None)
-        return {**{name: getattr(self.recipe, name) for name in names}, "beta": beta}
-
-    def _check_course(self, begun: Mapping[str, Any]) -> None:
-        """The run goes on as it began; it may only become longer, which the log says.
-
-        Raises:
-            TrainError: it does not.
-        """
-        for name, mine in self._course().items():
-            was = begun.get(name, mine)
-            if was == mine:
-                continue
-            if name != "steps" or mine < was:
-                raise TrainError(
-                    f"cannot resume: the run began with {name} {was}, this command says {mine}: add "
-                    f"--{name.replace('_', '-')} {was} to go on as it began, or begin a new run from the checkpoint "
-                    "with --checkpoint and another --output-dir"
-                )
-            course = "" if self.recipe.schedule == "constant" else ": the learning rate takes another course"
-            log.warning("the run was to have %d steps, now %d%s", was, mine, course)
+        return state if self.watch is None else {**state, **self.watch.state_dict()}
 
     def checkpoint(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """All of the present state as the content of a checkpoint of stage "train" (``prime_checkpoint``).
@@ -708,26 +530,14 @@ class VoteTrainer:
         """
         state = checkpoint["train_state"]
         if self.watch is not None:
-            missing = {"supervisor", "sentinel", "governor", "contingency"} - state.keys()
-            if missing:
-                raise TrainError(
-                    f"cannot resume: the checkpoint has no {', '.join(sorted(missing))}; it was written by an older "
-                    "version, begin a new run from it with --checkpoint"
-                )
-            self.watch.contingency.load_state_dict(state["contingency"])
+            # The shape that the run had come to is part of what follows.
+            self.watch.load_state_dict(state)
         own = self.state()
-        names = ["seed", "vote_rule", "vote_buffer", "micro_batches", *(["supervisor"] if self.watch else [])]
-        for name in names:
+        for name in ("seed", "vote_rule", "vote_buffer", "micro_batches"):
             if state[name] != own[name]:
                 raise TrainError(f"cannot resume: the checkpoint has {name} {state[name]}, this run {own[name]}")
         # Checkpoints of before these were kept have none.
-        self._check_course(state.get("recipe", {}))
-        if self.watch is not None:
-            if (state["governor"] is None) != (self.watch.governor is None):
-                raise TrainError("cannot resume: the checkpoint and this run disagree on --governor")
-            self.watch.sentinel.load_state_dict(state["sentinel"])
-            if self.watch.governor is not None:
-                self.watch.governor.load_state_dict(state["governor"])
+        check_course(self.recipe, state.get("recipe", {}))
         self.done, self.tokens = state["step"], state["tokens"]
         self.batches.load_state_dict(state["data"])
         self.optimizer.load_state_dict(state["float_optimizer"])
@@ -745,10 +555,7 @@ class VoteTrainer:
         else:
             self.supervisor.now = None
         self._probed = False
-        heats = self.watch.governor.heat if self.watch.governor is not None else {}
-        for group in self.groups:
-            for grid in group.grids.values():
-                grid.heat = heats.get(group.name, 1.0)
+        self.watch.set_heats(self.groups)
 
     def roll_back(self, checkpoint: dict[str, Any]) -> None:
         """Return to the weights, votes and step of a checkpoint of this run, and go on from there with data that were

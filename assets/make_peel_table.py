@@ -43,10 +43,11 @@ def execute(schedule: str, rate: float, seed: int) -> dict[str, Any]:
     from answer_masks import EncodedSet
     from ghost_core import grids_of
     from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
+    from night_watch import NightWatch
     from packed_batches import PackedBatches, evaluation_batches
     from qwen_prime_wrapper import load_model, mean_answer_loss
     from training_recipe import Recipe
-    from vote_trainer import NightWatch, VoteTrainer
+    from vote_trainer import VoteTrainer
 
     task = quality.TASKS["stdlib"]
     folder = task.path(task.model, ASSETS)

@@ -19,10 +19,11 @@ import vote_units
 from bench_models import Endless, config_of, gaussian_model, ghost_model
 from ghost_core import ghost_cross_entropy
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
+from night_watch import NightWatch
 from packed_batches import Batch
 from qwen_prime_wrapper import copy_tensors, model_tensors
 from training_recipe import Recipe
-from vote_trainer import NightWatch, VoteTrainer
+from vote_trainer import VoteTrainer
 
 CARD = torch.cuda.is_available()
 needs_card = pytest.mark.skipif(not CARD, reason="no CUDA device: what runs side by side is not tested")

@@ -18,11 +18,12 @@ from ghost_core import grids_of, name_grids
 from ghost_grid import GhostGrid
 from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss, room_for_documents
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
+from night_watch import NightWatch, StepResult
 from packed_batches import Batch
 from qwen_prime_wrapper import answer_loss, model_tensors
 from training_recipe import Recipe
 from vote_rules import Ballot, MomentumRule
-from vote_trainer import NightWatch, StepResult, VoteTrainer
+from vote_trainer import VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 96

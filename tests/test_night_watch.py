@@ -18,12 +18,13 @@ import ghost_grid
 from answer_masks import EncodedSet, encode_records
 from ghost_grid import GhostGrid
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
+from night_watch import NightWatch, vote_pressure
 from packed_batches import PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from training_recipe import Recipe, TrainError
 from vote_rules import MomentumRule
-from vote_trainer import NightWatch, VotesLost, VoteTrainer
+from vote_trainer import VotesLost, VoteTrainer
 
 RECIPE = Recipe(steps=12, grad_accum=3, lr=4e-3, warmup=1, gradient_checkpointing=False, device="cpu")
 SEQUENCE = 32
@@ -490,7 +491,7 @@ def test_vote_pressure_is_one_where_every_vote_is_at_the_edge(make: Make) -> Non
     head = trainer.supervisor.top.grids
     for grid in head.values():
         grid.state.votes.fill_(-127)
-    assert trainer._pressure()["head"] == pytest.approx(1.0)
+    assert vote_pressure(trainer.groups)["head"] == pytest.approx(1.0)
     for grid in head.values():
         grid.state.votes.zero_()
-    assert trainer._pressure()["head"] == 0.0
+    assert vote_pressure(trainer.groups)["head"] == 0.0

@@ -24,12 +24,13 @@ import manifolds
 import vote_units
 from ghost_core import GhostEmbedding, GhostLinearTandem, ghost_cross_entropy
 from ghost_grid import GhostError, GhostGrid
+from night_watch import StepResult
 from packed_batches import Batch
 from prime_checkpoint import load_checkpoint, walk_tensors
 from qwen_prime_wrapper import copy_tensors, model_from_checkpoint, model_tensors
 from training_recipe import Recipe, TrainError
 from vote_rules import Ballot, CompactRule, MomentumRule, StochasticRule, SupermajorityRule, VoteRule, tensor_id
-from vote_trainer import StepResult, VoteTrainer
+from vote_trainer import VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
