@@ -1,4 +1,4 @@
-"""What methods learn and forget, as a table: runs what the results file lacks, then reads it (``prime_quality``,
+"""What methods learn and forget, as a table: runs what the results file lacks, then reads it (``quality_runs``,
 ``quality_summary``)."""
 
 from __future__ import annotations
@@ -7,8 +7,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import prime_quality as quality
+import prime_quality
+import quality_runs
 import quality_summary
+import quality_tasks
 from bench_tools import SCRIPT, BenchError, machine, print_table
 from prime_telemetry import read_lines
 
@@ -17,9 +19,9 @@ from prime_telemetry import read_lines
 class QualityBench:
     """Compare training methods: held-out loss of a new domain, and what it costs in the old one."""
 
-    tasks: tuple[str, ...] = tuple(quality.TASKS)
+    tasks: tuple[str, ...] = tuple(quality_tasks.TASKS)
     """Which tasks, by name."""
-    methods: tuple[str, ...] = quality.DEFAULT_METHODS
+    methods: tuple[str, ...] = quality_tasks.DEFAULT_METHODS
     """Which methods, by name."""
     seeds: tuple[int, ...] = (0, 1)
     """Order of the data and random draws."""
@@ -45,7 +47,7 @@ class QualityBench:
     """For internal use: execute the one selected run in this process and print its results line."""
 
     def __post_init__(self) -> None:
-        for name, known in (("tasks", quality.TASKS), ("methods", quality.METHODS)):
+        for name, known in (("tasks", quality_tasks.TASKS), ("methods", quality_tasks.METHODS)):
             chosen = getattr(self, name)
             if not chosen or (unknown := [x for x in chosen if x not in known]):
                 raise ValueError(f"{name} has {unknown[0] if chosen else 'none'}, expected of {', '.join(known)}")
@@ -63,19 +65,19 @@ def bench_quality(config: QualityBench) -> int:
     """Run what is missing, then print the comparison; as a worker, one run and its results line."""
     if not config.summary:
         for name in config.methods:
-            quality.check_method(name)
-        tasks = [quality.check_task(name, config.data_root) for name in config.tasks]
-        runs = quality.plan(tasks, config.methods, config.seeds, rates=config.lrs, steps=config.steps)
+            quality_tasks.check_method(name)
+        tasks = [quality_tasks.check_task(name, config.data_root) for name in config.tasks]
+        runs = quality_runs.plan(tasks, config.methods, config.seeds, rates=config.lrs, steps=config.steps)
         if config.worker:
             if len(runs) != 1:
                 raise BenchError(f"a worker executes one run, got {len(runs)}")
-            result = quality.execute(runs[0], tasks[0], config.data_root, config.device)
+            result = prime_quality.execute(runs[0], tasks[0], config.data_root, config.device)
             where = machine()
             print(json.dumps({**result, "machine": where, "commit": where["commit"]}, allow_nan=False))
             return 0
-        quality.run_all(
+        quality_runs.run_all(
             runs,
-            lambda run: quality.worker_command(run, SCRIPT, config.data_root, config.device),
+            lambda run: quality_runs.worker_command(run, SCRIPT, config.data_root, config.device),
             config.results,
             jobs=config.jobs,
             threads=config.threads,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prime_quality import BASELINE, METHODS, TASKS
+from quality_tasks import BASELINE, METHODS, TASKS
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from typing import Annotated, Any
 import tyro
 
 import prime_cli
-import prime_quality as quality
 from bench_generation import GenerateBench, bench_generate
 from bench_gpu import GpuBench, bench_gpu
 from bench_growth import GrowBench, bench_grow
@@ -45,6 +44,7 @@ from bench_training import TrainBench, bench_train
 from ghost_grid import GhostError
 from night_shift import NightShiftError
 from prime_checkpoint import CheckpointError
+from quality_tasks import QualityError
 from qwen_prime_wrapper import ModelError
 from text_records import DataError
 from training_recipe import TrainError
@@ -72,7 +72,7 @@ _ROOMS: dict[type, Callable[[Any], int]] = {
     QualityBench: bench_quality,
 }
 _ERRORS = (
-    *(BenchError, quality.QualityError, DataError, ModelError, CheckpointError, GhostError, OSError),
+    *(BenchError, QualityError, DataError, ModelError, CheckpointError, GhostError, OSError),
     *(TrainError, NightShiftError),
 )
 

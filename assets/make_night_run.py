@@ -217,9 +217,10 @@ def night(folder: Path) -> None:
 
 def baseline(folder: Path, rate: float) -> dict[str, Any]:
     """AdamW float32 on the dense model, the same data order, schedule, steps and evaluation."""
-    import prime_quality as quality
     import qwen_prime_train as train
     from packed_batches import PackedBatches, evaluation_batches
+    from prime_quality import DenseTrainer
+    from quality_tasks import METHODS
     from qwen_prime_wrapper import load_model, mean_answer_loss
     from training_recipe import Recipe
 
@@ -231,7 +232,7 @@ def baseline(folder: Path, rate: float) -> dict[str, Any]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = PackedBatches(data.blocks, seq_len=SEQ_LEN, batch_size=1, pad_id=pad, seed=config.seed)
     recipe = Recipe(steps=STEPS, grad_accum=ACCUMULATION, lr=rate, device="cpu")
-    trainer = quality.DenseTrainer(model, batches, recipe, quality.METHODS["adamw"])
+    trainer = DenseTrainer(model, batches, recipe, METHODS["adamw"])
     curve = []
     for step in range(1, STEPS + 1):
         trainer.step()

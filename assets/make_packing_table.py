@@ -49,7 +49,7 @@ from low_bit_healing import heal, put_on_packed_grids, rounded_grids  # noqa: E4
 from packed_batches import PackedBatches, evaluation_batches  # noqa: E402
 from prime_checkpoint import load_checkpoint  # noqa: E402
 from prime_pack import carrier  # noqa: E402
-from prime_quality import sample  # noqa: E402
+from quality_tasks import sample  # noqa: E402
 from qwen_prime_importer import ImportConfig  # noqa: E402
 from qwen_prime_importer import main as import_model  # noqa: E402
 from qwen_prime_wrapper import load_model, model_from_checkpoint  # noqa: E402

@@ -39,22 +39,23 @@ LOOKS = (40, 80, 120)
 def execute(schedule: str, rate: float, seed: int) -> dict[str, Any]:
     """One run in this process: losses in nats a token, seconds of the processor, bytes of votes and their state."""
     import manifolds
-    import prime_quality as quality
+    import quality_tasks
     from answer_masks import EncodedSet
     from ghost_core import grids_of
     from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
     from night_watch import NightWatch
     from packed_batches import PackedBatches, evaluation_batches
+    from prime_quality import to_grid
     from qwen_prime_wrapper import load_model, mean_answer_loss
     from training_recipe import Recipe
     from vote_trainer import VoteTrainer
 
-    task = quality.TASKS["stdlib"]
+    task = quality_tasks.TASKS["stdlib"]
     folder = task.path(task.model, ASSETS)
     dense, tokenizer, _ = load_model(folder)
-    data = quality.load_data(task, tokenizer, ASSETS)
+    data = quality_tasks.load_data(task, tokenizer, ASSETS)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = quality.to_grid(dense, config, manifolds.build())
+    model = to_grid(dense, config, manifolds.build())
     batches = PackedBatches(data.train, seq_len=task.seq_len, batch_size=1, pad_id=data.pad_id, seed=seed)
 
     def score(part: EncodedSet) -> float:
@@ -95,8 +96,8 @@ def execute(schedule: str, rate: float, seed: int) -> dict[str, Any]:
 
 def run_missing() -> None:
     """Each run in a process of its own, seed by seed."""
-    from prime_quality import append_result, worker_environment
     from prime_telemetry import read_lines
+    from quality_runs import append_result, worker_environment
 
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ASSETS, capture_output=True, text=True, check=True
