@@ -38,6 +38,7 @@ class StepResult:
         moved: by grid.
         rate: learning rate of the step.
         data_seconds: spent on getting its micro-batches.
+        earlier_seconds: that its first micro-batches took before it was left and gone on with.
         verdict: the sentinel's; ``ok`` where there is none.
         measured: what the governor measured, by group of layers.
         agreement: cosines of (votes, shuffled votes) with the first micro-batch's descent direction, by group.
@@ -57,6 +58,7 @@ class StepResult:
     moved: dict[str, Movement]
     rate: float
     data_seconds: float = field(default=0.0, compare=False)
+    earlier_seconds: float = field(default=0.0, compare=False)
     verdict: Verdict = field(default_factory=lambda: Verdict("ok"))
     measured: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, tuple[float, float]] = field(default_factory=dict)

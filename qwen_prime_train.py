@@ -5,7 +5,8 @@
 
 The step is in ``vote_trainer.py``, what watches over it in ``night_shift.py``, what is done between steps in
 ``training_session.py``; this script brings a checkpoint, data and a folder together and begins or goes on. ``--resume``
-goes on bit for bit. ``--plan`` says what a run needs of which memory, and trains nothing.
+goes on bit for bit, in the middle of a step if that is where Ctrl-C came. ``--plan`` says what a run needs of which
+memory, and trains nothing.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
         )
     source = config.checkpoint
     if config.resume:
-        found = folder.newest()
+        found = folder.newest_to_resume()
         if found is None:
             raise TrainError(
                 f"nothing to resume: {folder.folder} has no whole {folder.name}_prime_step_N.pt"
@@ -201,10 +202,15 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
             )
         source, checkpoint = found
         state = checkpoint["train_state"]
-        if state.get("best") and state["best"]["step"] == state["step"]:
+        if state.get("best") and state["best"]["step"] == state["step"] and "half_step" not in state:
             folder.make_best(source)
     else:
         checkpoint = load_checkpoint(source)
+        if "half_step" in checkpoint["train_state"]:
+            raise TrainError(
+                f"{source} was left in the middle of a step: go on with --resume in its own --output-dir, or begin a "
+                "new run from a checkpoint of a whole step"
+            )
     settle_memory(config, checkpoint)
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     model = model_from_checkpoint(checkpoint)

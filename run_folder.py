@@ -1,8 +1,9 @@
 """The checkpoints of one run: named by step, the last few and the best of them kept, every one a whole training state.
 
-RUN/NAME_prime_step_N.pt    after step N; N = 0 is the run's beginning, so that there is always one to return to
-RUN/NAME_prime_best.pt      the same file as the one with the lowest held-out loss (a hard link where links exist)
-RUN/.lock                   held by the process that writes the run; the system lets go of it however that ends
+RUN/NAME_prime_step_N.pt            after step N; N = 0 is the run's beginning, so that there is always one to return to
+RUN/NAME_prime_step_N_stopped.pt    after step N, in the middle of the next: where a run was asked to stop
+RUN/NAME_prime_best.pt              the one with the lowest held-out loss once more (a hard link where links exist)
+RUN/.lock                           held by the process that writes the run; the system lets go of it however that ends
 
 The order of a save is what makes a power cut harmless: the new file is whole and on the disk before it gets its name,
 the name is on the disk before ``best`` follows, and only then do old ones go. Checkpoints of later steps go with them:
@@ -17,7 +18,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class RunLocked(RuntimeError):
 
 
 def run_name(checkpoint: Path) -> str:
-    """NAME of NAME_prime_init.pt, NAME_prime_step_N.pt or NAME_prime_best.pt."""
-    return re.sub(r"_prime_(init|best|step_\d+)$", "", checkpoint.stem)
+    """NAME of NAME_prime_init.pt, NAME_prime_step_N.pt (or its ..._stopped.pt) or NAME_prime_best.pt."""
+    return re.sub(r"_prime_(init|best|step_\d+(_stopped)?)$", "", checkpoint.stem)
 
 
 class RunFolder:
@@ -53,8 +54,15 @@ class RunFolder:
         return self.folder / f"{self.name}_prime_best.pt"
 
     def saved(self) -> list[tuple[int, Path]]:
-        """Checkpoints by step, oldest first."""
-        pattern = re.compile(re.escape(self.name) + r"_prime_step_(\d+)\.pt")
+        """Checkpoints of whole steps, oldest first."""
+        return self._named("")
+
+    def stopped(self) -> list[tuple[int, Path]]:
+        """Checkpoints from the middle of a step, by the steps before it; at most one, unless a save was killed."""
+        return self._named("_stopped")
+
+    def _named(self, ending: str) -> list[tuple[int, Path]]:
+        pattern = re.compile(rf"{re.escape(self.name)}_prime_step_(\d+){ending}\.pt")
         return sorted((int(m[1]), f) for f in self.folder.glob("*.pt") if (m := pattern.fullmatch(f.name)))
 
     def other_names(self) -> list[str]:
@@ -74,26 +82,25 @@ class RunFolder:
             (needed, there) in bytes, what the run already has counted as there; None where it is enough, or where the
             system does not say.
         """
-        files = [file for _, file in self.saved()] + ([self.best] if self.best.exists() else [])
+        stopped = self.stopped()
+        files = [file for _, file in self.saved() + stopped] + ([self.best] if self.best.exists() else [])
         held = {(s := file.stat()).st_ino: s.st_size for file in files}
         try:
             there = shutil.disk_usage(self.folder).free + sum(held.values())
         except OSError:
             return None
-        needed = min(self.keep_last + 2, len(held) + saves) * size
+        needed = min(self.keep_last + 2 + len(stopped), len(held) + saves) * size
         return (needed, there) if needed > there else None
 
     def newest(self, at_most: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, of a step up to ``at_most``; damaged ones are named in the log and
-        passed over. None where there is none."""
-        for step, file in reversed(self.saved()):
-            if at_most is not None and step > at_most:
-                continue
-            try:
-                return file, load_checkpoint(file)
-            except CheckpointError as error:
-                log.warning("passing over %s: %s", file, error)
-        return None
+        """The newest checkpoint of a whole step up to ``at_most``; damaged ones are named in the log and passed over.
+        None where there is none."""
+        return _first_sound([file for step, file in reversed(self.saved()) if at_most is None or step <= at_most])
+
+    def newest_to_resume(self) -> tuple[Path, dict[str, Any]] | None:
+        """The same, where one from the middle of a step counts as newer than that of the step before."""
+        both = [(step, 0, file) for step, file in self.saved()] + [(step, 1, file) for step, file in self.stopped()]
+        return _first_sound([file for *_, file in sorted(both, reverse=True)])
 
     def save(self, step: int, checkpoint: dict[str, Any], *, is_best: bool, prune: bool = True) -> Path:
         """Write the checkpoint of a step; with ``prune`` remove all but the last ``keep_last`` up to that step."""
@@ -106,7 +113,20 @@ class RunFolder:
             past = [file for number, file in saved if number <= step]
             for old in [*past[: -self.keep_last], *(file for number, file in saved if number > step)]:
                 old.unlink()
+        self._forget_stopped(path)
         return path
+
+    def save_stopped(self, step: int, checkpoint: dict[str, Any]) -> Path:
+        """Write the checkpoint of a run that stops in the middle of the step after ``step``; only to resume from."""
+        path = self.folder / f"{self.name}_prime_step_{step}_stopped.pt"
+        save_checkpoint(checkpoint, path)
+        self._forget_stopped(path)
+        return path
+
+    def _forget_stopped(self, newer: Path) -> None:
+        for _, old in self.stopped():
+            if old != newer:
+                old.unlink()
 
     def make_best(self, path: Path) -> None:
         """Make a checkpoint the best one; also where a run was killed between writing it and this."""
@@ -158,6 +178,15 @@ class RunFolder:
         """Remove unfinished files of a process that was killed."""
         for left in [*self.folder.glob(".*.tmp"), self.best.with_suffix(".new")]:
             left.unlink(missing_ok=True)
+
+
+def _first_sound(files: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
+    for file in files:
+        try:
+            return file, load_checkpoint(file)
+        except CheckpointError as error:
+            log.warning("passing over %s: %s", file, error)
+    return None
 
 
 def _holder(text: str) -> str:

@@ -36,7 +36,7 @@ from qwen_prime_wrapper import continue_texts, mean_answer_loss
 from run_folder import RunFolder
 from training_recipe import Recipe, TrainError
 from vote_guard import VoteGuard
-from vote_trainer import VotesLost, VoteTrainer
+from vote_trainer import StepPaused, VotesLost, VoteTrainer
 from whole_output import write_whole
 
 log = logging.getLogger("train")
@@ -159,6 +159,7 @@ class Session:
         self.folder = folder
         self.started_from = started_from
         self.stop = _StopFlag()
+        trainer.asked_to_stop = lambda: self.stop.signal is not None
         self.path: Path | None = None
         self.saved_at: int | None = None
         self.losses_in_a_row = 0
@@ -228,21 +229,38 @@ class Session:
                 reference=self.tokenizer.decode(ids[begin:stop]),
             )
 
-    def save(self, val_loss: float | None) -> None:
+    def save(self, val_loss: float | None, *, assess: bool = True) -> None:
         """Write the whole training state; the lowest held-out loss so far becomes the best."""
         trainer = self.trainer
         is_best = val_loss is not None and (self.best is None or val_loss < self.best["val_loss"])
         if is_best:
             self.best = {"step": trainer.done, "val_loss": val_loss}
-        checkpoint = trainer.checkpoint(self.base)
-        checkpoint["train_state"]["best"] = self.best
-        checkpoint["created_by"] = created_by("qwen_prime_train.py")
+        checkpoint = self._checkpoint()
         # While losses are spiking the last good checkpoint is still needed.
         self.path = self.folder.save(trainer.done, checkpoint, is_best=is_best, prune=self.watch.sentinel.streak == 0)
         self.saved_at = trainer.done
         self.run.event("save", step=trainer.done, path=self.path, best=is_best)
-        if self.settings.core_eval:
+        if self.settings.core_eval and assess:
             self.assess("quick" if trainer.done == self.settings.steps else "tiny", val_loss)
+
+    def _checkpoint(self) -> dict[str, Any]:
+        checkpoint = self.trainer.checkpoint(self.base)
+        checkpoint["train_state"]["best"] = self.best
+        checkpoint["created_by"] = created_by("qwen_prime_train.py")
+        return checkpoint
+
+    def save_where_it_stops(self) -> str:
+        """Write the state for somebody who wants the process gone: at once, without a look at the model. What was
+        saved, in words."""
+        trainer, half = self.trainer, self.trainer.half
+        if half is None:
+            if self.saved_at != trainer.done:
+                self.save(None, assess=False)
+            return f"saved {self.path} after step {trainer.done}"
+        self.path = self.folder.save_stopped(trainer.done, self._checkpoint())
+        self.run.event("save", step=trainer.done, path=self.path, best=False, micro_batches=half.ran)
+        many = f"{half.ran} of {trainer.shape.grad_accum}"
+        return f"saved {self.path} in step {trainer.done + 1}, after {many} micro-batches"
 
     def assess(self, size: core_eval.Size, val_loss: float | None) -> None:
         """Evaluate what was just saved, into a report beside it."""
@@ -298,16 +316,20 @@ class Session:
             "roll_back", step=came_from, to=self.trainer.done, reason=verdict.reason, rate=self.watch.sentinel.heat
         )
 
+    def _write_events(self, step: int) -> None:
+        """The trainer's word on a step that is over, or was left."""
+        for kind, fields in self.trainer.events:
+            self.run.event(kind, step=step, **fields)
+            if kind == "out_of_memory":
+                log.warning(
+                    "step %d: out of memory (%s): %s -> %s", step, *(fields[k] for k in ("where", "from", "to"))
+                )
+        self.trainer.events = []
+
     def record(self, result: StepResult, seconds: float, val_loss: float | None) -> None:
         """One line of statistics, and the step's events."""
         trainer, done = self.trainer, self.trainer.done
-        for kind, fields in result.events:
-            self.run.event(kind, step=done, **fields)
-            if kind == "out_of_memory":
-                log.warning(
-                    "step %d: out of memory (%s): %s -> %s", done, *(fields[k] for k in ("where", "from", "to"))
-                )
-        trainer.events = []
+        self._write_events(done)
         weights = sum(m.weights for m in result.moved.values())
         flips = sum(m.flips for m in result.moved.values())
         self.run.stats(
@@ -359,8 +381,7 @@ class Session:
         except (TrainError, CheckpointError, OSError) as error:
             # A full disk may have ended the run, and has no room for these lines either.
             with contextlib.suppress(OSError):
-                for kind, fields in self.trainer.events:
-                    self.run.event(kind, step=self.trainer.done, **fields)
+                self._write_events(self.trainer.done)
                 self.run.event("failed", step=self.trainer.done, reason=str(error))
             raise
         finally:
@@ -372,8 +393,8 @@ class Session:
             raise TrainError(
                 f"nothing to do: the checkpoint is at step {trainer.done} of {settings.steps}; raise --steps"
             )
-        begun = trainer.done
-        if begun == 0:
+        begun, half = trainer.done, trainer.half
+        if begun == 0 and half is None:
             val_loss = self.evaluate()
             if val_loss is not None:
                 self.run.event("evaluation", step=0, val_loss=val_loss)
@@ -381,15 +402,12 @@ class Session:
         with tqdm(total=settings.steps, initial=begun, desc="train", unit="step", disable=None) as bar:
             while trainer.done < settings.steps and self.stop.signal is None:
                 self._step(bar)
-        if self.saved_at != trainer.done and trainer.done != begun:
-            # The signal came after its step had been found not to be the last.
-            self.save(None)
         if self.stop.signal is not None:
             self.run.event("signal", step=trainer.done, signal=self.stop.signal)
-            if self.path is None:
+            if trainer.done == begun and self.path is None and trainer.half is half:
                 log.info("%s: nothing to save, step %d was not left", self.stop.signal, trainer.done)
                 return self.started_from
-            log.info("%s: saved %s after step %d; continue with --resume", self.stop.signal, self.path, trainer.done)
+            log.info("%s: %s; continue with --resume", self.stop.signal, self.save_where_it_stops())
         assert self.path is not None, "the last step is always saved"
         return self.path
 
@@ -398,6 +416,9 @@ class Session:
         started = time.perf_counter()
         try:
             result = trainer.step()
+        except StepPaused:
+            self._write_events(trainer.done)
+            return
         except VotesLost as error:
             self.losses_in_a_row += 1
             if self.losses_in_a_row > 3:
@@ -406,10 +427,10 @@ class Session:
             bar.n = trainer.done
             return
         self.losses_in_a_row = 0
-        seconds = time.perf_counter() - started
+        seconds = result.earlier_seconds + time.perf_counter() - started
         done, verdict = trainer.done, result.verdict
         sound = verdict.kind not in ("roll_back", "end")
-        last = sound and (done == settings.steps or self.stop.signal is not None)
+        last = sound and done == settings.steps
         look = last or (settings.eval_every and done % settings.eval_every == 0)
         val_loss = self.evaluate() if look and sound else None
         self.record(result, seconds, val_loss)

@@ -21,7 +21,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -44,6 +44,30 @@ log = logging.getLogger("train")
 
 class VotesLost(RuntimeError):
     """Memory ran out where votes could not be taken back: the state is of no use, return to a checkpoint."""
+
+
+class StepPaused(Exception):
+    """A step was left between two of its micro-batches, as somebody asked; the next call goes on with the rest."""
+
+
+@dataclass(frozen=True)
+class HalfStep:
+    """A step that was left: what its micro-batches so far have come to, beside the votes in the grids.
+
+    Attributes:
+        ran: how many micro-batches are done.
+        skipped: how many of these were not finite.
+        nats, answer_tokens: sums over the others.
+        seconds: that they took.
+        gradients: of norms and biases, on the CPU, by name.
+    """
+
+    ran: int
+    skipped: int
+    nats: float
+    answer_tokens: int
+    seconds: float
+    gradients: dict[str, torch.Tensor]
 
 
 def _on_the_cpu(optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +99,10 @@ class VoteTrainer:
         self.done = 0
         self.tokens = 0
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        """Asked between micro-batches; where it says so, :meth:`step` raises :class:`StepPaused`."""
+        self.half: HalfStep | None = None
+        """The step that was left, until it is gone on with."""
         self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule(), listening=watch is not None)
         name_grids(model, self.ballot)
         self.grids = grids_of(model)
@@ -182,6 +210,8 @@ class VoteTrainer:
         Raises:
             TrainError: no answer token in the step's data, or no shape fits into memory.
             VotesLost: the state is of no use; see there.
+            StepPaused: ``asked_to_stop`` said so in the middle; a checkpoint of this state, or another call, goes on
+                there and ends the step with the same bits.
         """
         events = self.events = []
         if self.supervisor.due(self.done):
@@ -218,10 +248,15 @@ class VoteTrainer:
         weight = count / answers
         for grid in self.grids.values():
             grid.begin_step()
-        ran, total, learned, skipped = 0, 0.0, 0, 0
+        half = self._go_on()
+        ran, total, learned, skipped = half.ran, half.nats, half.answer_tokens, half.skipped
         fits = True
         waiting = [g for g in self.grids.values() if g.waiting]
-        for k, batch in enumerate(micro_batches):
+        for k, batch in enumerate(micro_batches[ran:], ran):
+            if k and self.asked_to_stop():
+                self.batches.load_state_dict(cursors[0])
+                seconds = half.seconds + time.perf_counter() - begun
+                self._pause(HalfStep(ran, skipped, total, learned, seconds, self._float_gradients()))
             outcome = self._measure(batch, weight) if k == 0 else 0.0
             if isinstance(outcome, float):
                 outcome = self._cast(batch, k, weight)
@@ -265,9 +300,31 @@ class VoteTrainer:
             moved=moved,
             rate=rate,
             data_seconds=waited,
+            earlier_seconds=half.seconds,
             pressure=pressure,
             events=events,
         )
+
+    def _float_gradients(self) -> dict[str, torch.Tensor]:
+        return {n: p.grad.detach().cpu().clone() for n, p in self.floats.items() if p.grad is not None}
+
+    def _pause(self, half: HalfStep) -> None:
+        self.ballot.close()
+        self._clear_gradients()
+        self.half = half
+        raise StepPaused(f"step {self.done} was left after {half.ran} of {self.shape.grad_accum} micro-batches")
+
+    def _go_on(self) -> HalfStep:
+        """What there is of the step: what it was left with, or nothing yet."""
+        half, self.half = self.half or HalfStep(0, 0, 0.0, 0, 0.0, {}), None
+        for name, gradient in half.gradients.items():
+            parameter = self.floats[name]
+            if parameter.grad is None:
+                parameter.grad = gradient.to(parameter.device)
+            else:
+                # In place: a recording adds to this memory.
+                parameter.grad.copy_(gradient)
+        return half
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = self._device
@@ -497,6 +554,8 @@ class VoteTrainer:
             "data": self.batches.state_dict(),
             "float_optimizer": self.optimizer.state_dict(),
         }
+        if self.half is not None:
+            state["half_step"] = vars(self.half)
         return state if self.watch is None else {**state, **self.watch.state_dict()}
 
     def checkpoint(self, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -541,6 +600,8 @@ class VoteTrainer:
         self.done, self.tokens = state["step"], state["tokens"]
         self.batches.load_state_dict(state["data"])
         self.optimizer.load_state_dict(state["float_optimizer"])
+        half = state.get("half_step")
+        self.half = None if half is None else HalfStep(**half)
         self._restore_votes(checkpoint["votes"])
 
     def _restore_votes(self, votes: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -549,12 +610,15 @@ class VoteTrainer:
             grid.load_vote_state(votes.get(name, {}))
         if self.watch is None:
             return
-        if self.done > 0:
+        if self.half is not None:
+            # What it opened is open, and has found room.
+            self.supervisor.apply(self.done)
+        elif self.done > 0:
             # As the step before left it; what the next one changes is its own affair.
             self.supervisor.apply(self.done - 1)
         else:
             self.supervisor.now = None
-        self._probed = False
+        self._probed = self.half is not None
         self.watch.set_heats(self.groups)
 
     def roll_back(self, checkpoint: dict[str, Any]) -> None:
@@ -563,6 +627,8 @@ class VoteTrainer:
         assert self.watch is not None, "a run that nobody watches is not rolled back"
         state = checkpoint["train_state"]
         copy_tensors(self.model, checkpoint["model"])
+        assert "half_step" not in state, "returns are to whole steps"
+        self.half = None
         self.done, self.tokens = state["step"], state["tokens"]
         self.optimizer = self._new_optimizer()
         self.optimizer.load_state_dict(state["float_optimizer"])

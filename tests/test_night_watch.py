@@ -18,13 +18,13 @@ import ghost_grid
 from answer_masks import EncodedSet, encode_records
 from ghost_grid import GhostGrid
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
-from night_watch import NightWatch, vote_pressure
-from packed_batches import PackedBatches
+from night_watch import NightWatch, StepResult, vote_pressure
+from packed_batches import Batch, PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from training_recipe import Recipe, TrainError
 from vote_rules import MomentumRule
-from vote_trainer import VotesLost, VoteTrainer
+from vote_trainer import StepPaused, VotesLost, VoteTrainer
 
 RECIPE = Recipe(steps=12, grad_accum=3, lr=4e-3, warmup=1, gradient_checkpointing=False, device="cpu")
 SEQUENCE = 32
@@ -208,6 +208,113 @@ def test_resume_as_another_schedule_is_refused(make: Make) -> None:
     del content["train_state"]["sentinel"]
     with pytest.raises(TrainError, match="no sentinel"):
         go_on(make, content)
+
+
+# -- a step that is left ----------------------------------------------------------------------------------------------
+
+
+def numbers(result: StepResult) -> tuple[Any, ...]:
+    """What a step came to, but for what was found out about its votes on the way."""
+    counts = (result.tokens, result.answer_tokens, result.skipped, result.micro_batches)
+    return (result.loss, *counts, result.moved, result.rate, result.measured, result.pressure, result.verdict)
+
+
+def break_losses(monkeypatch: pytest.MonkeyPatch, places: set[tuple[int, int]]) -> None:
+    """Losses that are not a number, at (step, micro-batch)."""
+    loss = VoteTrainer._loss
+
+    def broken(self: VoteTrainer, batch: Batch) -> torch.Tensor:
+        at = (self.done, self.ballot.micro_batch)
+        return loss(self, batch) * (torch.nan if at in places else 1.0)
+
+    monkeypatch.setattr(VoteTrainer, "_loss", broken)
+
+
+def asked_twice() -> Callable[[], bool]:
+    """Says no, then yes: a trainer that is asked between micro-batches is left after each."""
+    answers = iter((False, True))
+    return lambda: next(answers)
+
+
+@pytest.mark.parametrize("rule", ["momentum", "compact", "supermajority"])
+@pytest.mark.parametrize("peel", [PEEL, LayerPeel(1, 2, 1, 2), LayerPeel()], ids=str)
+def test_steps_that_are_left_between_any_two_micro_batches_end_with_the_same_bits(
+    make: Make, peel: LayerPeel, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new process after each micro-batch, some of which are not finite; a step has three."""
+    break_losses(monkeypatch, {(0, 0), (2, 1), (4, 2), (5, 0), (5, 1), (5, 2)})
+    whole = make(peel, limit=1e-4, vote_rule=rule)
+    wanted = [numbers(whole.step()) for _ in range(7)]
+    part, found, left = make(peel, limit=1e-4, vote_rule=rule), [], []
+    part.asked_to_stop = lambda: True
+    while part.done < 7:
+        try:
+            found.append(numbers(part.step()))
+        except StepPaused as word:
+            assert part.half is not None and f"after {part.half.ran} of 3" in str(word)
+            left.append((part.done, part.half.ran))
+            part = go_on(make, saved(part), peel=peel, limit=1e-4, vote_rule=rule)
+            part.asked_to_stop = asked_twice() if part.half is not None and part.half.ran < 2 else lambda: False
+        else:
+            part.asked_to_stop = lambda: True
+    assert left == [(step, ran) for step in range(7) for ran in (1, 2)]
+    assert found == wanted
+    assert fingerprint(part) == fingerprint(whole)
+
+
+def test_the_same_trainer_may_go_on(make: Make) -> None:
+    whole, part = make(), make()
+    for trainer in (whole, part):
+        trainer.step()
+    cursor = part.batches.state_dict()
+    part.asked_to_stop = lambda: True
+    for _ in range(2):
+        # Asked again before anything was done it is where it was.
+        with pytest.raises(StepPaused):
+            part.step()
+        assert part.batches.state_dict() == cursor and part.done == 1
+        assert part.half is not None and part.half.ran == 1 and part.half.seconds > 0
+    part.asked_to_stop = lambda: False
+    result = part.step()
+    assert result.earlier_seconds > 0 and part.half is None
+    assert numbers(result) == numbers(whole.step()) and fingerprint(part) == fingerprint(whole)
+
+
+def test_memory_that_runs_out_after_a_step_was_left_ends_it_as_it_would_have(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, part = make(LayerPeel()), make(LayerPeel())
+    per_pass = 22
+    with monkeypatch.context() as patched:
+        shortage = Shortage(patched, whole)
+        shortage.at(cast=[2 * per_pass + 5])
+        result = whole.step()
+    assert result.micro_batches == 2
+    part.asked_to_stop = lambda: True
+    with pytest.raises(StepPaused):
+        part.step()
+    part = go_on(make, saved(part), peel=LayerPeel())
+    with monkeypatch.context() as patched:
+        shortage = Shortage(patched, part)
+        shortage.at(cast=[per_pass + 5])
+        assert numbers(part.step()) == numbers(result)
+        assert next(iter(shortage.calls)) == "cast", "it had found room: only the smaller shape is probed"
+    assert part.shape == whole.shape != make(LayerPeel()).shape
+    assert fingerprint(part) == fingerprint(whole)
+
+
+def test_a_return_forgets_a_step_that_was_left(make: Make) -> None:
+    trainer = make()
+    trainer.step()
+    content = saved(trainer)
+    trainer.step()
+    trainer.asked_to_stop = lambda: True
+    with pytest.raises(StepPaused):
+        trainer.step()
+    trainer.roll_back(content)
+    assert trainer.half is None and all(p.grad is None for p in trainer.floats.values())
+    trainer.asked_to_stop = lambda: False
+    assert trainer.step().micro_batches == 3
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -313,6 +313,84 @@ def test_resume_is_bit_for_bit(
     assert len(first_run) == 4 and first_run == second_run
 
 
+def stop_within(step: int, micro_batch: int, config: train.TrainConfig) -> None:
+    """Run the script until a signal arrives in the middle of a step."""
+    cast = train.VoteTrainer._cast
+
+    def stopping(self: train.VoteTrainer, batch: Any, k: int, weight: float) -> Any:
+        if (self.done, k) == (step, micro_batch):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cast(self, batch, k, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.VoteTrainer, "_cast", stopping)
+        assert train.main(config) == 0
+
+
+@pytest.mark.parametrize(("rule", "manifold"), RUNS)
+def test_a_run_that_is_stopped_in_the_middle_of_steps_is_the_one_that_is_not(
+    quick: train.TrainConfig, sources: dict[str, Path], rule: Any, manifold: str, tmp_path: Path
+) -> None:
+    """In the first step, right behind a save, and again in the step that was left."""
+    config = replace(quick, vote_rule=rule, checkpoint=sources[manifold])
+    whole = replace(config, output_dir=tmp_path / "whole")
+    assert train.main(whole) == 0
+    half = replace(config, output_dir=tmp_path / "half")
+    folder = RunFolder(half.output_dir, manifold, 3)
+    for step, micro_batch, resume in ((0, 0, False), (0, 4, True), (2, 2, True), (2, 4, True)):
+        stop_within(step, micro_batch, replace(half, resume=resume))
+        ((found, path),) = folder.stopped()
+        assert found == step and {n for n, _ in folder.saved()} == ({0} if step == 0 else {0, 2})
+        assert load_checkpoint(path)["train_state"]["half_step"]["ran"] == micro_batch + 1
+        assert verify.main(verify.VerifyConfig(path)) == 0
+        with pytest.raises(train.TrainError, match="in the middle of a step: go on with --resume"):
+            train.main(replace(half, checkpoint=path, output_dir=tmp_path / "other"))
+    assert train.main(replace(half, resume=True)) == 0
+    assert folder.stopped() == []
+    ends = [where / f"{manifold}_prime_step_4.pt" for where in (whole.output_dir, half.output_dir)]
+    assert content(ends[0]) == content(ends[1])
+    states = [load_checkpoint(end)["train_state"] for end in ends]
+    assert all(states[0][name] == states[1][name] for name in states[0] if name != "float_optimizer")
+    lines = [list(read_lines(where / "stats.jsonl")) for where in (whole.output_dir, half.output_dir)]
+    same = (
+        "step",
+        "loss",
+        "val_loss",
+        "flips",
+        "lr",
+        "tokens",
+        "answer_tokens",
+        "micro_batches",
+        "movement",
+        "measured",
+    )
+    first, second = ([{name: line[name] for name in same} for line in part] for part in lines)
+    assert len(first) == 4 and first == second
+    events = [e for e in read_lines(half.output_dir / "events.jsonl") if e["event"] in ("save", "signal", "peel")]
+    assert [e["event"] for e in events if e["event"] == "peel"] == ["peel"], "opened once, and said once"
+    assert [e["micro_batches"] for e in events if "micro_batches" in e] == [1, 5, 3, 5]
+
+
+def test_a_signal_that_comes_before_anything_was_done_saves_nothing_new(
+    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop_within(1, 3, quick)
+    (before,) = RunFolder(quick.output_dir, "prime-harmonic", 3).stopped()
+    content, time_of = before[1].read_bytes(), before[1].stat().st_mtime_ns
+    caplog.set_level("INFO")
+    go = training_session.Session._go
+
+    def asked_at_once(self: training_session.Session) -> Path:
+        self.stop.signal = "SIGTERM"
+        return go(self)
+
+    monkeypatch.setattr(training_session.Session, "_go", asked_at_once)
+    assert train.main(replace(quick, resume=True)) == 0
+    assert "nothing to save" in caplog.text
+    (after,) = RunFolder(quick.output_dir, "prime-harmonic", 3).stopped()
+    assert after == before and after[1].read_bytes() == content and after[1].stat().st_mtime_ns == time_of
+
+
 def test_resume_passes_over_a_damaged_checkpoint(quick: train.TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     assert train.main(quick) == 0
     newest = quick.output_dir / "prime-harmonic_prime_step_4.pt"
@@ -340,8 +418,10 @@ def test_sigint_in_a_real_process_saves_and_exits_0(quick: train.TrainConfig) ->
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    steps = [s["step"] for s in read_lines(stats)]
-    assert [n for n, _ in RunFolder(quick.output_dir, "prime-harmonic", 3).saved()] == [0, steps[-1]]
+    last = [s["step"] for s in read_lines(stats)][-1]
+    folder = RunFolder(quick.output_dir, "prime-harmonic", 3)
+    # Between its two micro-batches, or between two steps.
+    assert [n for n, _ in folder.stopped()] == [last] or [n for n, _ in folder.saved()] == [0, last]
     assert "--resume" in errors
 
 

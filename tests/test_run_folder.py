@@ -24,7 +24,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_names() -> None:
-    for file in ("a-b_prime_init.pt", "a-b_prime_step_12.pt", "a-b_prime_best.pt"):
+    for file in ("a-b_prime_init.pt", "a-b_prime_step_12.pt", "a-b_prime_step_12_stopped.pt", "a-b_prime_best.pt"):
         assert run_name(Path("x") / file) == "a-b"
     assert run_name(Path("other.pt")) == "other"
 
@@ -58,6 +58,33 @@ def test_the_newest_whole_one(content: dict[str, Any], tmp_path: Path, caplog: p
     assert folder.newest(at_most=0) is None
 
 
+def test_where_a_run_stopped_is_newer_than_the_step_before_and_goes_with_the_next_save(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path, "a", 2)
+
+    def next_one() -> str:
+        found = folder.newest_to_resume()
+        assert found is not None
+        return found[0].name
+
+    for step in (4, 8):
+        folder.save(step, content, is_best=False)
+    assert folder.save_stopped(8, content).name == next_one() == "a_prime_step_8_stopped.pt"
+    assert [step for step, _ in folder.saved()] == [4, 8] and folder.newest(at_most=9)[0].name == "a_prime_step_8.pt"
+    # Nothing to return to, nothing that is kept twice, no other run's.
+    folder.save_stopped(11, content)
+    assert folder.stopped() == [(11, tmp_path / "a_prime_step_11_stopped.pt")] and folder.other_names() == []
+    (tmp_path / "a_prime_step_11_stopped.pt").write_bytes(b"damaged")
+    assert next_one() == "a_prime_step_8.pt"
+    folder.save_stopped(11, content)
+    # A save that was killed before it could tidy up leaves both.
+    shutil.copy(tmp_path / "a_prime_step_8.pt", tmp_path / "a_prime_step_12.pt")
+    assert next_one() == "a_prime_step_12.pt"
+    folder.save(12, content, is_best=False)
+    assert folder.stopped() == [] and [step for step, _ in folder.saved()] == [8, 12]
+
+
 def test_room_for_what_a_run_may_come_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three checkpoints, an older best one and one being written; what is there already counts once."""
     folder = RunFolder(tmp_path, "x", keep_last=3)
@@ -73,6 +100,9 @@ def test_room_for_what_a_run_may_come_to_hold(tmp_path: Path, monkeypatch: pytes
     assert folder.lacks_room(110, 9) is None
     assert folder.lacks_room(111, 9) == (555, 550)
     assert folder.other_names() == ["y"]
+    (tmp_path / "x_prime_step_2_stopped.pt").write_bytes(bytes(100))
+    assert folder.lacks_room(108, 9) is None
+    assert folder.lacks_room(109, 9) == (654, 650)
 
     def silent(where: Path) -> None:
         raise OSError("no such thing on this file system")
