@@ -5,8 +5,8 @@
 Two runs of qwen_prime_train.py's ``main`` at a time, 10,000 steps of tiny_coder on the standard library's
 instructions. Both meet the same accidents that a run has to survive by itself, drawn from a seed: losses that are not a
 number, in one micro-batch or in all of a step; a gradient that stops being a number in the middle of a backward pass;
-memory that runs out in the middle of one. One of them is also ended again and again, by SIGKILL at random moments and
-by a disk that is full from a random call on, and resumed each time.
+memory that runs out in the middle of one. One of them is also ended again and again, by SIGKILL and SIGTERM at random
+moments and by a disk that is full from a random call on, and resumed each time.
 
 At the end both must be the same to the last bit (indices, scales, votes, random states, data cursor, supervisor,
 governor, float optimizer), the held-out loss must be better than at the beginning, and the memory of the run that
@@ -62,7 +62,7 @@ class Plan:
         data: what to learn.
         settings: flags of the trainer beyond those that are here.
         steps: of the run.
-        kills, full: how often one of the runs is ended by SIGKILL, and by a full disk.
+        kills, stops, full: how often one of the runs is ended by SIGKILL, by SIGTERM, and by a full disk.
         seed: of everything random.
     """
 
@@ -71,6 +71,7 @@ class Plan:
     settings: Mapping[str, Any]
     steps: int
     kills: int
+    stops: int
     full: int
     seed: int = 0
 
@@ -102,7 +103,7 @@ class Plan:
     def endings(self) -> list[tuple[int, str]]:
         """(step, kind) of what ends the disturbed run, in order."""
         draw = random.Random(self.seed + 1)
-        kinds = ["kill"] * self.kills + ["full"] * self.full
+        kinds = ["kill"] * self.kills + ["stop"] * self.stops + ["full"] * self.full
         draw.shuffle(kinds)
         return sorted((draw.randrange(self.steps), kind) for kind in kinds)
 
@@ -241,23 +242,24 @@ def undisturbed(plan: Plan, run: Path) -> None:
 
 def disturbed(plan: Plan, run: Path) -> dict[str, int]:
     """The run that is ended again and again; how often by what."""
-    draw, count = random.Random(plan.seed + 2), {"kill": 0, "full": 0}
+    draw, count = random.Random(plan.seed + 2), {"kill": 0, "stop": 0, "full": 0}
     for step, kind in plan.endings():
         process = start(plan, run, step if kind == "full" else None)
-        if kind == "kill":
+        if kind != "full":
             while process.is_alive() and last_step(run / "stats.jsonl") < step:
                 time.sleep(0.05)
             time.sleep(draw.uniform(0, 1))
-            process.kill()
+            process.kill() if kind == "kill" else process.terminate()
         process.join()
-        if process.exitcode == 0:
+        if process.exitcode == 0 and last_step(run / "stats.jsonl") == plan.steps:
             return count
         if kind == "full":
             lines = [line for line in said(plan, run).splitlines() if line.startswith(("error", "Traceback"))]
             if process.exitcode != 1 or len(lines) != 1 or not lines[0].startswith("error: "):
                 raise Failed(f"a full disk ended it with {process.exitcode}: {said(plan, run)}")
-        elif process.exitcode != -signal.SIGKILL:
-            raise Failed(f"was not killed but ended with {process.exitcode}: {said(plan, run)}")
+        elif process.exitcode not in {"kill": (-signal.SIGKILL,), "stop": (0, -signal.SIGTERM)}[kind]:
+            # SIGTERM ends a process that does not listen yet.
+            raise Failed(f"{kind} ended it with {process.exitcode}: {said(plan, run)}")
         count[kind] += 1
     process = start(plan, run)
     process.join()
@@ -315,11 +317,20 @@ def soak(plan: Plan) -> dict[str, Any]:
 def main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    settings = {"--batch-size": 2, "--seq-len": 128, "--grad-accum": 1, "--lr": 1e-4, "--eval-every": 500}
+    settings = {"--batch-size": 1, "--seq-len": 128, "--grad-accum": 2, "--lr": 1e-4, "--eval-every": 500}
     settings |= {"--sample-every": 1000, "--sample-tokens": 16, "--save-every": 50, "--shortest-seq-len": 96}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         data = ROOT / "assets" / "stdlib_instruct.jsonl"
-        plan = Plan(Path(name), data, settings, arguments.steps, arguments.kills, arguments.full, arguments.seed)
+        plan = Plan(
+            Path(name),
+            data,
+            settings,
+            arguments.steps,
+            arguments.kills,
+            arguments.stops,
+            arguments.full,
+            arguments.seed,
+        )
         plan.import_model(ROOT / "assets" / "tiny_coder")
         try:
             report = soak(plan)
@@ -346,6 +357,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=40, help="how often one run is killed")
+    parser.add_argument("--stops", type=int, default=25, help="how often it is asked to stop")
     parser.add_argument("--full", type=int, default=15, help="how often its disk is full")
     parser.add_argument("--seed", type=int, default=0, help="of every accident")
     parser.add_argument("--folder", type=Path, help="where the runs may lie; by default with the system's other files")
