@@ -88,7 +88,7 @@ class _LinearFunction(torch.autograd.Function):
         flat = weights = below = None
         if votes:
             flat, weights = ctx.keeper.saved_tensors
-            flat = flat.reshape(-1, grid.shape[1])
+            flat = grid.shared(flat.reshape(-1, grid.shape[1]))
         for k, rows in enumerate(grid.slices()):
             part = gradient[:, rows]
             if ctx.needs_input_grad[0]:
@@ -128,7 +128,7 @@ class _EmbeddingFunction(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         grid: GhostGrid = ctx.grid
         if grid.wants_gradient():
-            flat = gradient.reshape(-1, grid.shape[1]).float()
+            flat = grid.shared(gradient.reshape(-1, grid.shape[1]).float())
             if kernels.backend_for(flat.device, grid.ballot.backend) == "cuda":
                 summed, rows = cuda_kernels.gather_rows(flat.contiguous(), ids.reshape(-1))
                 if not recording(ids):
@@ -172,6 +172,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
         grid: GhostGrid = ctx.grid
         votes = grid.wants_gradient()
         below = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        scaled = grid.shared(x) if votes else x
         for k, rows in enumerate(grid.slices()):
             weights = grid.lend(rows, x.dtype)
             # A second pass over the same graph must find no logits that the first has changed.
@@ -184,7 +185,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
                 below.addmm_(part, weights)
             del weights
             if votes:
-                grid.accept(part.T @ x, row_range(rows.start, rows.stop, x.device), USE_LINEAR, k)
+                grid.accept(part.T @ scaled, row_range(rows.start, rows.stop, x.device), USE_LINEAR, k)
         return below, None, None, None
 
 
@@ -299,7 +300,7 @@ class Movement:
 
 
 def apply_votes(grids: dict[str, GhostGrid], rate: float, weight_decay: float = 0.0) -> dict[str, Movement]:
-    """End a step: apply the votes of every unlocked grid and renew their yardsticks.
+    """End a step: apply the votes of every unlocked grid.
 
     Args:
         rate: learning rate, in units of weight.
@@ -310,7 +311,6 @@ def apply_votes(grids: dict[str, GhostGrid], rate: float, weight_decay: float = 
     for name, grid in grids.items():
         if grid.unlocked:
             flips, travel, clipped = grid.apply_votes(rate, shrink)
-            grid.update_yardstick()
             travel_each = travel / 2.0**40 / max(flips, 1)
             moved[name] = Movement(grid.indices.numel(), flips, travel_each, clipped, grid.mean_size())
     return moved

@@ -274,11 +274,17 @@ class GhostGrid(nn.Module):
             self._hearing = Hearing(self.indices.device)
         return self._hearing
 
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` ``(n, in)`` with each column scaled by its share, a power of two: what a product is given so that its
+        gradient of this grid comes out scaled (``vote_rules``)."""
+        shares = self._open_state().shares
+        return x if shares is None else x * shares.to(x.dtype)
+
     def accept(self, gradient: torch.Tensor, rows: torch.Tensor, use: int, part: int = 0) -> None:
         """Measure or vote with the gradient of some rows.
 
         Args:
-            gradient: float ``(n, in)`` of one micro-batch; bfloat16 is read as it is.
+            gradient: float ``(n, in)`` of one micro-batch, its columns :meth:`shared`; bfloat16 is read as it is.
             rows: int64 ``(n,)``, each row at most once.
             use: tells two uses of one grid (head and embedding) apart in the random draw.
             part: tells the slices of one use apart.
@@ -419,12 +425,15 @@ class GhostGrid(nn.Module):
             state.observations = 1
 
     def apply_votes(self, rate: float, shrink: int = 0) -> tuple[int, int, int]:
-        """Move the weights by their votes, with integers only.
+        """End a step: move the weights by their votes, with integers only, and renew what the next step's votes are
+        measured by.
 
         Returns:
             (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`.
         """
         self._open_state()
+        if not self.waiting:
+            self.ballot.rule.close_step(self)
         if not self.ballot.listening:
             return self.ballot.rule.apply(self, rate * self.heat, shrink)
         rows = _spread(len(self.indices), self.indices.device)
@@ -435,17 +444,13 @@ class GhostGrid(nn.Module):
         self.hearing.obey(votes, moves)
         return result
 
-    def update_yardstick(self) -> None:
-        """Fold the step's row statistics into the running ones; the next step's votes are measured by them."""
-        if self.state is not None and not self.waiting:
-            self.ballot.rule.update(self)
-
     def vote_state(self) -> dict[str, torch.Tensor]:
         """Everything the rule needs to continue, by reference; empty while locked. Votes inside words are not in it."""
         if self.state is None:
             return {}
         state: dict[str, torch.Tensor] = {} if self.state.votes is None else {"votes": self.state.votes}
-        return {**state, **self.state.rows, "observations": torch.tensor(self.state.observations, dtype=torch.int64)}
+        state |= {**self.state.rows, **self.state.columns}
+        return {**state, "observations": torch.tensor(self.state.observations, dtype=torch.int64)}
 
     def load_vote_state(self, state: dict[str, torch.Tensor]) -> None:
         """Restore :meth:`vote_state` (copied); an empty one locks the grid.
@@ -468,8 +473,9 @@ class GhostGrid(nn.Module):
                 )
         if mine.votes is not None:
             mine.votes.copy_(state["votes"])
-        for name, numbers in mine.rows.items():
+        for name, numbers in {**mine.rows, **mine.columns}.items():
             numbers.copy_(state[name])
+        self.ballot.rule.columns_changed(mine)
         mine.observations = int(state["observations"])
         self._check_carried()
 

@@ -90,13 +90,17 @@ def budget(model: PreTrainedModel, settings: Settings, open_layers: int | None =
     grids = [g for group in everything for g in group.grids.values()]
     floats = sum(p.numel() for group in everything for p in group.floats.values())
     open_floats = sum(p.numel() for group in voting for p in group.floats.values())
-    open_weights, open_rows = (sum(f(g) for g in voting) for f in (_weights, _rows))
+    open_weights, open_rows, open_columns = (sum(f(g) for g in voting) for f in (_weights, _rows, _columns))
     weights = sum(g.indices.numel() for g in grids)
     buffer, rows = rule.bytes_per_weight - 2, sum(map(_rows, everything))
     lines = [
         Line("indices", 2 * weights, f"{weights:,} weights x 2"),
         Line("votes", buffer * open_weights, f"{open_weights:,} open weights x {buffer}"),
-        Line("row scales and row state", 4 * rows + _row_state(rule) * open_rows, f"{open_rows:,} open rows"),
+        Line(
+            "scales, rows and columns",
+            4 * rows + _row_state(rule) * open_rows + 8 * len(rule.column_means) * open_columns,
+            f"{open_rows:,} open rows",
+        ),
         Line("norms and biases", 4 * floats + 12 * open_floats, "with gradient and AdamW"),
         Line("tables", _tables(grids[0]), f"manifold {grids[0].manifold.name}"),
     ]
@@ -115,6 +119,10 @@ def _weights(group: LayerGroup) -> int:
 
 def _rows(group: LayerGroup) -> int:
     return sum(g.shape[0] for g in group.grids.values())
+
+
+def _columns(group: LayerGroup) -> int:
+    return sum(g.shape[1] for g in group.grids.values())
 
 
 def _row_state(rule: VoteRule) -> int:

@@ -452,13 +452,14 @@ def _check_weight(model: dict[str, Any], name: str, tensor: Any, where: str) -> 
 
 
 _VOTE_STATES = (
-    {"r2", "g2", "row_squares", "row_sketch", "observations"},
+    {"r2", "g2", "c2", "row_squares", "row_sketch", "observations"},
     {"r1", "r2", "row_sizes", "row_squares", "observations"},
 )
 _VOTE_TYPES = {
     "r1": torch.float32,
     "r2": torch.float32,
     "g2": torch.float32,
+    "c2": torch.float32,
     "row_sizes": torch.int64,
     "row_squares": torch.int64,
     "row_sketch": torch.int64,
@@ -482,7 +483,7 @@ def _check_vote_state(model: dict[str, Any], name: str, state: Any, vote_bits: i
         if votes.shape != indices.shape:
             raise CheckpointError(f"{where}: votes/{name} has shape {tuple(votes.shape)}, its grid another")
     for part in sorted(set(state) - {"votes"}):
-        shape = () if part == "observations" else tuple(indices.shape[:1])
+        shape = () if part == "observations" else tuple(indices.shape[1:] if part == "c2" else indices.shape[:1])
         _expect(where, f"votes/{name}/{part}", state[part], _VOTE_TYPES[part], len(shape))
         if tuple(state[part].shape) != shape:
             raise CheckpointError(

@@ -166,7 +166,7 @@ class _DenseWeight(torch.autograd.Function):
         if grid.wants_gradient():
             for k, rows in enumerate(grid.slices()):
                 order = torch.arange(rows.start, rows.stop, device=gradient.device)
-                grid.accept(gradient[rows].float(), order, _HEAD_USE, k)
+                grid.accept(grid.shared(gradient[rows].float()), order, _HEAD_USE, k)
         return None, None
 
 

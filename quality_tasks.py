@@ -60,7 +60,7 @@ class Method:
 
 
 _RATES = (3e-4, 6e-4, 1.2e-3)
-_BETAS = ((0.7, 0.95), (0.8, 0.95), (0.8, 0.99), (0.9, 0.99), (0.9, 0.999), (0.95, 0.95), (0.95, 0.99))
+_BETAS = ((0.5, 0.95), (0.7, 0.95), (0.9, 0.99), (0.9, 0.999))
 METHODS: dict[str, Method] = {
     "adamw": Method("adamw", _RATES),
     # What other betas would have given it, beside votes whose constants were tried out as well.

@@ -45,7 +45,7 @@ class Recipe:
     vote_buffer: Literal["int8", "int16"] | None = None
     """Type of the vote buffer; by default the rule's own: int8 for momentum, int16 for the rules of whisper votes."""
     beta: float | None = None
-    """Share of the votes that survives a step of momentum or compact; by default 0.7."""
+    """Share of the votes that survives a step of momentum or compact; by default 0.5."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products: bfloat16 where the device has it in hardware, else float32; votes do not change type."""
     gradient_checkpointing: bool = True

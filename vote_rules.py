@@ -1,31 +1,47 @@
 """Vote rules: how a gradient becomes votes, what votes do to a weight, and what is remembered between steps.
 
 A rule is a frozen set of hyperparameters with four operations on a grid's tensors: ``measure`` (the first observation
-of a grid that has none), ``cast`` (in the backward pass, once per use and micro-batch), ``apply`` (once a step,
-integers only) and ``update`` (once a step, numbers per row only). The state is one integer per weight and a few
-numbers per row; ``Ballot`` says which step, which micro-batch, and whether votes are cast at all. Symbols: K
-micro-batches a step, g the gradient of one micro-batch's loss, lr the learning rate in units of weight, SR unbiased
-stochastic rounding.
+of a grid that has none), ``cast`` (in the backward pass, once per use and micro-batch), ``close_step`` (once a step,
+numbers per row and column only) and ``apply`` (once a step, integers only). The state is one integer per weight and a
+few numbers per row and column; ``Ballot`` says which step, which micro-batch, and whether votes are cast at all.
+Symbols: K micro-batches a step, g the gradient of one micro-batch's loss, lr the learning rate in units of weight, SR
+unbiased stochastic rounding.
 
 ``momentum`` (3 bytes a weight: index 2, buffer 1; 4 with an int16 buffer), the default:
 
     size[row] = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
-    votes    -= SR((1 - β) · U · g / (K · ρ · size[row]))                  each micro-batch
-    value     = (1 - lr · λ) · value + lr · gain[row] · votes / (U · scale[row]), drawn between neighbours    each step
-    votes     = SR(β · votes)
+    h         = g · share[column]                                           each micro-batch
+    votes    -= SR((1 - β) · U · h / (K · ρ · size[row]))
+    value     = (1 - lr · λ) · value + lr · gain[row] · fresh[row] · votes / (U · scale[row])    each step, drawn
+    votes     = SR(β · votes)                                                                   between neighbours
+    fresh[row] = ρ · size[row] of before the step / the same with the step's own gradients in it
     gain[row] = (size[row] / RMS of sqrt(r2) over those rows)^tilt
-    r2[row]   = β2 · r2[row] + (1 - β2) · mean of g² over columns and micro-batches, bias-corrected
-    g2[row]   = the same mean of (Σ_k g_k / K)², the gradient of the step, estimated from its sketch
+    r2[row]   = β2 · r2[row] + (1 - β2) · mean of h² over columns and micro-batches, bias-corrected
+    g2[row]   = the same mean of (Σ_k h_k / K)², the gradient of the step, estimated from its sketch
     ρ²        = Σ g2 / Σ r2 over the tensor's rows, within [1/K, 1]
+    c2[col]   = β2 · c2[col] + (1 - β2) · mean of (votes / share[col])² over a sample of rows, once a step
+    share[col] = 2^-k nearest to sqrt(mean of c2 / c2[col])
 
 It divides before it averages, as LaProp does (arXiv 2002.04839). A vote is counted in units of its row, which uses the
 few bits of the buffer well; how far it moves a weight is another matter. With tilt 0 every row moves as far as any
-other, which is Adam at the granularity of rows (Adam-mini, arXiv 2406.16793); with tilt 1, the default, the row's size
-cancels out and one RMS measures the whole tensor, so that rows with little to say (rare tokens, dead units) move
-little: measured, it learns more and forgets less. ρ is what averaging over micro-batches leaves of a gradient's
-size: 1 where they agree, 1/sqrt(K) where they are noise. With it a vote is measured by the size of the step's gradient,
-as AdamW measures, so a learning rate means the same at any number of micro-batches; without it 32 of them move a
-weight up to 5.7 times less.
+other, which is Adam at the granularity of rows (Adam-mini, arXiv 2406.16793); with tilt 1 the row's size cancels out
+and one RMS measures the whole tensor, so that rows with little to say (rare tokens, dead units) move little. Half of
+each, the default, learns more and forgets less than either.
+
+Votes must be counted before their step is over, in units of the steps before; but a step that is louder than those
+must not go farther for it, which AdamW sees to by having a step's own gradient in the mean that divides it. ``fresh``
+mends that when the step is over; float prototypes without it lose as much as votes do.
+
+Columns are as unlike as rows: what a few inputs of a matrix carry is many times what others do, and without a measure
+of their own the quiet ones hardly move. Rows times columns is Adafactor's factored second moment (arXiv 1804.04235),
+with the step's votes in the place of the squared gradient: they are there, they are integers, their sum has no order,
+and a few hundred rows of them say enough. A share is a power of two: the product that makes the gradient has its input
+scaled by it, which rounds nothing, so a gradient's votes do not know at which of the two places they were scaled, and
+no kernel has to.
+
+ρ is what averaging over micro-batches leaves of a gradient's size: 1 where they agree, 1/sqrt(K) where they are noise.
+With it a vote is measured by the size of the step's gradient, as AdamW measures, so a learning rate means the same at
+any number of micro-batches; without it 32 of them move a weight up to 5.7 times less.
 
 ``compact`` (2 bytes a weight in all): the same on the manifold ``compact``, whose words hold ten bits of index and six
 bits of votes.
@@ -80,6 +96,11 @@ class VoteState:
     Attributes:
         votes: int8 or int16 ``(out, in)``; None where the grid's words hold their own votes.
         rows: the rule's numbers per row, each ``(out,)``: float32 running means, int64 sums of the present step.
+        columns: the rule's numbers per column, each ``(in,)``: float32 running means.
+        shares: what each column of a gradient is scaled by before it votes, powers of two, float32 ``(in,)``; keeps its
+            place in memory. None where the rule has no measure of columns.
+        push: how far a vote of each row moves a weight, as a multiple of 2^-16, int64 ``(out,)``; of the last step
+            that was closed.
         observations: how many steps the running means have seen.
         anchor: a scalar that makes autograd visit the grid's backward though nothing there is a float parameter.
         cached: what :meth:`VoteRule.yardstick` last computed, and for what.
@@ -90,6 +111,9 @@ class VoteState:
     observations: int
     anchor: torch.Tensor
     cached: tuple[Any, Any] | None = None
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    shares: torch.Tensor | None = None
+    push: torch.Tensor | None = None
 
 
 class Grid(Protocol):
@@ -140,6 +164,24 @@ def cast_keys(grid: Grid) -> tuple[int, int]:
 
 GAIN_MAX = 4.0
 """Most by which a row may move farther than its tensor's average."""
+FRESHNESS_MAX = 4.0
+"""Most by which a step that is quieter than those before moves a row farther than they would have."""
+COLUMN_ROWS = 512
+"""About how many rows a measure of columns looks at."""
+_QUIETEST, _LOUDEST = -4, 10
+"""Powers of two that a column's size may differ by from its tensor's: one without a gradient must not be blown up."""
+
+
+def column_shares(c2: torch.Tensor) -> torch.Tensor:
+    """The power of two nearest, by its logarithm, to the root of ``mean(c2) / c2``: mean squares, float32 ``(in,)``,
+    to float32 ``(in,)``; ones where there is nothing yet. Exponents are read, not computed: every device has the
+    same."""
+    squares = c2.double()
+    mean = squares.mean()
+    relative = torch.where(mean > 0, squares / mean, 1.0).clamp(min=2.0 ** (2 * _QUIETEST - 2))
+    # x = m · 2^e with m in [0.5, 1): half of its logarithm, rounded, is e / 2 rounded down.
+    exponent = torch.frexp(relative).exponent >> 1
+    return torch.ldexp(torch.ones_like(c2), -exponent.clamp(_QUIETEST, _LOUDEST))
 
 
 @dataclass(frozen=True)
@@ -153,6 +195,7 @@ class VoteRule:
     """Whether a cast depends on nothing of the host's but what a ballot's controls and a yardstick hold."""
     row_means: ClassVar[tuple[str, ...]] = ("r2",)
     row_sums: ClassVar[tuple[str, ...]] = ("row_squares",)
+    column_means: ClassVar[tuple[str, ...]] = ()
 
     buffer: str = "int8"
     """Type of the vote buffer: int8 or int16."""
@@ -199,7 +242,7 @@ class VoteRule:
 
     def open_state(self, indices: torch.Tensor) -> VoteState:
         """No votes and no observation yet, for words ``(out, in)``."""
-        rows, device = len(indices), indices.device
+        (rows, columns), device = indices.shape, indices.device
         numbers = {n: torch.zeros(rows, dtype=torch.float32, device=device) for n in self.row_means}
         numbers |= {n: torch.zeros(rows, dtype=torch.int64, device=device) for n in self.row_sums}
         return VoteState(
@@ -207,7 +250,14 @@ class VoteRule:
             rows=numbers,
             observations=0,
             anchor=torch.zeros((), device=device, requires_grad=True),
+            columns={n: torch.zeros(columns, dtype=torch.float32, device=device) for n in self.column_means},
+            shares=torch.ones(columns, dtype=torch.float32, device=device) if self.column_means else None,
         )
+
+    def columns_changed(self, state: VoteState) -> None:
+        """Follow the running means of columns; ``shares`` keeps its place."""
+        if state.shares is not None:
+            state.shares.copy_(column_shares(state.columns["c2"]))
 
     def measure(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor) -> None:
         """Add one use's gradient, float32 ``(n, in)`` of rows ``(n,)``, to the grid's first observation."""
@@ -218,26 +268,27 @@ class VoteRule:
         """A running mean, float32 ``(out,)``, without the bias of its start."""
         return state.rows[name] / (1.0 - self.beta2**state.observations)
 
-    def _fold(self, state: VoteState, name: str, mean: torch.Tensor) -> None:
-        old = state.rows[name].double()
-        state.rows[name].copy_((self.beta2 * old + (1.0 - self.beta2) * mean).clamp(max=1e30))
+    def _fold(self, running: torch.Tensor, mean: torch.Tensor) -> None:
+        running.copy_((self.beta2 * running.double() + (1.0 - self.beta2) * mean).clamp(max=1e30))
 
     def cast(self, grid: Grid, gradient: torch.Tensor, rows: torch.Tensor, use: int, sign: int) -> None:
         """Votes of one use in one micro-batch: float32 or bfloat16 ``(n, in)`` of rows ``(n,)``; ``sign`` -1 takes them
         back."""
         raise NotImplementedError
 
+    def close_step(self, grid: Grid) -> None:
+        """Everything is cast: fold the step's sums into the running means that the next step's votes are measured by.
+        Numbers per row and column only."""
+        raise NotImplementedError
+
     def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
-        """Move the weights; (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`. Integers only."""
+        """Move the weights, when the step is closed; (flips, travel, clipped) as :func:`ghost_kernels.apply_votes`.
+        Integers only."""
         raise NotImplementedError
 
     def consensus(self, grid: Grid) -> float | None:
         """How far a step's micro-batches agree: 1/K for noise, 1 for one opinion; None where the rule cannot say."""
         return None
-
-    def update(self, grid: Grid) -> None:
-        """Fold the step's row sums into the running means that the next step's votes are measured by."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -248,12 +299,14 @@ class MomentumRule(VoteRule):
     recordable: ClassVar[bool] = True
     row_means: ClassVar[tuple[str, ...]] = ("r2", "g2")
     row_sums: ClassVar[tuple[str, ...]] = ("row_squares", "row_sketch")
+    column_means: ClassVar[tuple[str, ...]] = ("c2",)
 
-    beta: float = 0.7
+    beta: float = 0.5
     """Share of the votes that survives a step."""
+    beta2: float = 0.9
     floor: float = 0.5
     """Rows quieter than this share of their tensor's RMS are measured by the tensor's."""
-    tilt: float = 1.0
+    tilt: float = 0.5
     """Power of a row's size, against its tensor's, by which its weights move: 0 moves all rows alike."""
 
     def __post_init__(self) -> None:
@@ -332,12 +385,24 @@ class MomentumRule(VoteRule):
             mark=ballot.mark(grid),
         )
 
+    def close_step(self, grid: Grid) -> None:
+        state = _state(grid)
+        cast_by, _ = self.yardstick(grid)
+        self._fold_columns(grid, state)
+        self._fold_rows(grid, state, cast_by)
+        yardstick, gain = self.yardstick(grid)
+        fresh = torch.where(cast_by > 0, yardstick / cast_by, 1.0).clamp(max=FRESHNESS_MAX)
+        state.push = (gain * fresh.double()).round().long()
+        # Not before: what the step has gathered is in the old shares.
+        self.columns_changed(state)
+
     def apply(self, grid: Grid, rate: float, shrink: int) -> tuple[int, int, int]:
         units, state = self.units(grid), _state(grid)
         if state.observations == 0:
             return 0, 0, 0
+        assert state.push is not None, "the step was not closed"
         # A scale below 2^-16 counts as that: its weights leave their range at a touch either way.
-        inverse = grid.inverse_scale().clamp(max=1 << 36) * self.yardstick(grid)[1] >> 16
+        inverse = grid.inverse_scale().clamp(max=1 << 36) * state.push >> 16
         return kernels.apply_votes(
             grid.indices,
             state.votes,
@@ -350,14 +415,23 @@ class MomentumRule(VoteRule):
             backend=grid.ballot.backend,
         )
 
-    def update(self, grid: Grid) -> None:
-        state = _state(grid)
-        yard = self.yardstick(grid)[0].double()
+    def _fold_columns(self, grid: Grid, state: VoteState) -> None:
+        """Fold the squares of the votes that are about to be applied into the columns' running means."""
+        rows = slice(None, None, max(1, len(grid.indices) // COLUMN_ROWS))
+        votes = grid.tables().votes(grid.indices[rows]) if state.votes is None else state.votes[rows]
+        # Squares of 16 bits need 32; integers have one sum, whoever adds them up.
+        squares = votes.int().square().sum(0, dtype=torch.int64).double() / len(votes)
+        assert state.shares is not None
+        self._fold(state.columns["c2"], squares / state.shares.double().square())
+
+    def _fold_rows(self, grid: Grid, state: VoteState, cast_by: torch.Tensor) -> None:
+        """Fold the step's row sums, of votes cast by a yardstick, into the rows' running means."""
+        yard = cast_by.double()
         columns, count = grid.indices.shape[1], grid.ballot.micro_batches
         squares = state.rows["row_squares"].double() / 4.0 ** (16 - self.units(grid).stat_shift)
         sketch = state.rows["row_sketch"].double() / 2.0**16
         for name, total in (("r2", squares / count), ("g2", (sketch / count).square())):
-            self._fold(state, name, torch.where(yard > 0, total / columns / yard.square(), 0.0))
+            self._fold(state.rows[name], torch.where(yard > 0, total / columns / yard.square(), 0.0))
         state.rows["row_squares"].zero_()
         state.rows["row_sketch"].zero_()
         state.observations += 1
@@ -479,14 +553,14 @@ class SupermajorityRule(VoteRule):
             backend=grid.ballot.backend,
         )
 
-    def update(self, grid: Grid) -> None:
+    def close_step(self, grid: Grid) -> None:
         state = _state(grid)
         yard = float(self.yardstick(grid)[0].amax())
         scale = 2.0**vote_units.WHISPER_BITS * yard
         count = grid.indices.shape[1] * grid.ballot.micro_batches
         for mean, total, power in (("r1", "row_sizes", 1), ("r2", "row_squares", 2)):
             value = state.rows[total].double() / (count * scale**power) if yard > 0 else state.rows[mean].double() * 0
-            self._fold(state, mean, value)
+            self._fold(state.rows[mean], value)
             state.rows[total].zero_()
         state.observations += 1
 

@@ -20,6 +20,7 @@ import ghost_core as core
 import ghost_grid
 import ghost_kernels as kernels
 import manifolds
+import vote_rules
 import vote_units
 from ghost_core import Ballot, GhostEmbedding, GhostLinearTandem, ghost_cross_entropy
 from ghost_grid import GhostError, GhostGrid
@@ -377,6 +378,19 @@ def test_import_of_zeros_and_of_a_row_of_zeros() -> None:
     assert grid.scale.tolist() == [1.25, 2.5, 3.75] and not grid.indices[1].any() and report.zeros == 9
 
 
+def move(grid: GhostGrid, rate: float) -> None:
+    """Move weights by votes that were put there: no step is closed."""
+    assert isinstance(grid.ballot.rule, MomentumRule) and grid.state is not None
+    grid.state.push = grid.ballot.rule.yardstick(grid)[1]
+    grid.ballot.rule.apply(grid, rate, 0)
+
+
+@pytest.fixture
+def columns_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are not measured, so that the statistics of rows are those of the gradients themselves."""
+    monkeypatch.setattr(vote_rules, "column_shares", torch.ones_like)
+
+
 def test_a_second_import_moves_in_the_new_scale() -> None:
     """The reciprocal of the scale is kept between steps; a new import must not leave the old one behind."""
     moves = []
@@ -386,11 +400,11 @@ def test_a_second_import_moves_in_the_new_scale() -> None:
         grid.import_weights(torch.full((1, 2000), first))
         arm(grid, 1.0)
         grid.votes.fill_(UNIT)
-        grid.apply_votes(1e-2)
+        move(grid, 1e-2)
         grid.import_weights(torch.full((1, 2000), 1.0))
         before = dense(grid)
         grid.votes.fill_(UNIT)
-        grid.apply_votes(1e-2)
+        move(grid, 1e-2)
         moves.append((dense(grid) - before).mean().item())
     assert moves == [pytest.approx(1e-2, rel=0.01)] * 2
 
@@ -1029,6 +1043,7 @@ def noise_losses(
     return [lambda x=x, u=u: (layer(x) * u).sum() for x, u in zip(xs, ups, strict=True)], gradients
 
 
+@pytest.mark.usefixtures("columns_alike")
 @pytest.mark.parametrize("drift", [0.4, 1.0])
 def test_row_statistics_follow_the_gradients_over_steps(drift: float) -> None:
     """Against float64, over steps of three micro-batches whose sizes fall by a factor of 600, or stay."""
@@ -1047,6 +1062,7 @@ def test_row_statistics_follow_the_gradients_over_steps(drift: float) -> None:
     assert layer.grid.state.observations == 9
 
 
+@pytest.mark.usefixtures("columns_alike")
 @pytest.mark.parametrize("micro_batches", [1, 4, 32])
 @pytest.mark.parametrize("present", [1.0, 0.125], ids=["every-row", "rows-now-and-then"])
 @pytest.mark.parametrize("rule", [MomentumRule(buffer="int16"), MomentumRule(), CompactRule()], ids=["16", "8", "6"])
@@ -1114,7 +1130,7 @@ def test_a_vote_of_one_row_rms_moves_a_weight_by_the_rate() -> None:
     arm(grid, 1.0)
     before = dense(grid)
     grid.votes[:, :1500], grid.votes[:, 1500:] = UNIT, -2 * UNIT
-    grid.apply_votes(1e-4)
+    move(grid, 1e-4)
     moved = dense(grid) - before
     # Twenty standard errors of the draw between neighbours at most a gap apart would be visible in the tiny rows only.
     gap = grid.scale.double() / 16384
@@ -1192,7 +1208,7 @@ def test_a_weight_at_its_rows_largest_magnitude_can_still_grow() -> None:
     largest = dense(grid).abs().max(1)
     sign = dense(grid).gather(1, largest.indices[:, None]).sign()
     grid.votes.scatter_(1, largest.indices[:, None], (UNIT * sign).to(torch.int16))
-    grid.apply_votes(0.05)
+    move(grid, 0.05)
     grown = dense(grid).gather(1, largest.indices[:, None])[:, 0].abs() - largest.values
     torch.testing.assert_close(grown, torch.full((4,), 0.05, dtype=torch.float64), rtol=0.01, atol=0)
 
@@ -1434,16 +1450,16 @@ def test_names_give_distinct_ids() -> None:
 
 
 def test_no_float_operation_when_a_grid_applies_votes() -> None:
-    """All of ``apply_votes`` after the first call, which takes the reciprocal of the scale, is integers."""
+    """All of a move after the first, which takes the reciprocal of the scale, is integers."""
     ballot = Ballot(rule=PLAIN, backend="torch")
     grid = new_grid(7, 9, 105, ballot)
     arm(grid, 1.0)
     grid.votes.fill_(UNIT)
-    grid.apply_votes(1e-3)
+    move(grid, 1e-3)
     grid.votes.fill_(UNIT)
     before = grid.indices.clone()
     with Watch() as watch:
-        grid.apply_votes(1e-3)
+        move(grid, 1e-3)
     assert watch.seen == [] and not torch.equal(grid.indices, before)
 
 

@@ -72,7 +72,8 @@ def test_static_lines_are_what_exists_after_a_step(rule: str, tmp_path: Path) ->
         assert grid.state is not None and grid.state.cached is not None
         cached = [t for t in grid.state.cached[1] if isinstance(t, torch.Tensor)]
         rows += count(grid.scale, grid.inverse_scale(), *grid.state.rows.values(), *cached)
-    assert rows <= size["row scales and row state"] <= 1.3 * rows
+        rows += count(*grid.state.columns.values(), *([] if grid.state.shares is None else [grid.state.shares]))
+    assert rows <= size["scales, rows and columns"] <= 1.3 * rows
     moments = [t for s in trainer.optimizer.state.values() for t in s.values() if t.numel() > 1]
     parameters = list(trainer.floats.values())
     assert size["norms and biases"] == count(*parameters) * 2 + count(*moments)

@@ -122,7 +122,9 @@ def assert_moved_by_votes(grid: GhostGrid, rate: float, shrink: int, before: np.
     """Graded votes: every weight stands on one of the two levels around its target, which Python integers name."""
     rule = grid.ballot.rule
     assert isinstance(rule, MomentumRule)
-    inverse = grid.inverse_scale().clamp(max=1 << 36) * rule.yardstick(grid)[1] >> 16
+    assert grid.state is not None and grid.state.push is not None
+    assert int(grid.state.push.min()) >= 0 and int(grid.state.push.max()) <= 2**21
+    inverse = grid.inverse_scale().clamp(max=1 << 36) * grid.state.push >> 16
     stride = kernels.integer_strides(inverse, rate, rule.units(grid).unit).tolist()
     assert all(0 <= s <= 2**46 for s in stride)
     fixed = grid.tables().fixed.tolist()
@@ -146,7 +148,7 @@ def assert_faded(before: np.ndarray, after: np.ndarray, carry: int) -> None:
 
 def assert_rows_are_sane(grid: GhostGrid) -> None:
     assert grid.state is not None
-    for name, numbers in grid.state.rows.items():
+    for name, numbers in {**grid.state.rows, **grid.state.columns}.items():
         assert bool(torch.isfinite(numbers).all()), name
         assert name == "row_sketch" or bool((numbers >= 0).all()), name
 
@@ -242,7 +244,6 @@ def test_whole_steps_of_extremes_never_wrap(name: str, case: dict[str, object]) 
         if not (grid.waiting and isinstance(grid.ballot.rule, MomentumRule)):
             assert_faded(expected, votes_of(grid), CARRY[name])
         for g in grids.values():
-            g.update_yardstick()
             assert_rows_are_sane(g)
         numbers = [numbers_of(g) for g in grids.values()]
         assert all(torch.equal(numbers[0][n], numbers[1][n]) for n in numbers[0]), "the backends differ"
@@ -337,7 +338,8 @@ def test_layers_of_one_column_one_row_and_zeros(name: str, sizes: tuple[int, int
         for grid in net.grids.values():
 
             def listen(gradient: torch.Tensor, rows: torch.Tensor, *rest: int, grid: GhostGrid = grid) -> None:
-                heard[grid.name] = torch.zeros(grid.shape).index_copy(0, rows, gradient.float())
+                shares = 1.0 if grid.state is None or grid.state.shares is None else grid.state.shares
+                heard[grid.name] = torch.zeros(grid.shape).index_copy(0, rows, gradient.float() / shares)
                 GhostGrid.accept(grid, gradient, rows, *rest)
 
             grid.accept = listen  # type: ignore[method-assign]

@@ -116,7 +116,7 @@ def test_round_trip(tmp_path: Path) -> None:
     expected = copy.deepcopy(saved)
     digest = save_checkpoint(saved, tmp_path / "a.pt")
     loaded = load_checkpoint(tmp_path / "a.pt")
-    assert len(loaded["sha256"]) == 4 + 1 + 1 + 1 + 2 * 6 + 1 + 2 and "adam/m" not in loaded["sha256"]
+    assert len(loaded["sha256"]) == 4 + 1 + 1 + 1 + 2 * 7 + 1 + 2 and "adam/m" not in loaded["sha256"]
     assert loaded["sha256"]["train_state/adam/m"] == hashlib.sha256(b"").hexdigest()
     expected["sha256"] = loaded["sha256"]
     assert_same(loaded, expected)
