@@ -181,7 +181,8 @@ def column_shares(c2: torch.Tensor) -> torch.Tensor:
     relative = torch.where(mean > 0, squares / mean, 1.0).clamp(min=2.0 ** (2 * _QUIETEST - 2))
     # x = m · 2^e with m in [0.5, 1): half of its logarithm, rounded, is e / 2 rounded down.
     exponent = torch.frexp(relative).exponent >> 1
-    return torch.ldexp(torch.ones_like(c2), -exponent.clamp(_QUIETEST, _LOUDEST))
+    # The bits of a float: a power computed on a card need not be exact.
+    return (127 - exponent.clamp(_QUIETEST, _LOUDEST) << 23).to(torch.int32).view(torch.float32)
 
 
 @dataclass(frozen=True)

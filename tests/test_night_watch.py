@@ -572,7 +572,7 @@ def test_votes_agree_with_fresh_gradients_only_where_there_is_a_signal(
     signal, noise = run(False), run(True)
     for group in ("0", "1", "2", "head"):
         votes, control = (sum(a[group][i] for a in signal) / len(signal) for i in (0, 1))
-        assert votes > 0.4 and abs(control) < 0.1, group
+        assert votes > 0.3 and abs(control) < 0.1, group
         assert sum(a[group][0] for a in noise) / len(noise) < 0.5 * votes, group
 
 

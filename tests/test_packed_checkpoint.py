@@ -41,6 +41,7 @@ def trained(path: Path, output: Path) -> Path:
                     "votes": torch.randint(-60, 60, tensor.shape, generator=generator).to(torch.int8),
                     "r2": torch.rand(rows, generator=generator),
                     "g2": torch.rand(rows, generator=generator),
+                    "c2": torch.rand(tensor.shape[1], generator=generator),
                     "row_squares": torch.zeros(rows, dtype=torch.int64),
                     "row_sketch": torch.zeros(rows, dtype=torch.int64),
                     "observations": torch.tensor(7),

@@ -457,8 +457,8 @@ OTHER_RUNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"schedule": "linear"}, "add --schedule cosine "),
     ({}, {"warmup": 3}, "add --warmup 1 "),
     ({}, {"weight_decay": 0.01}, "add --weight-decay 0.0 "),
-    ({}, {"beta": 0.5}, "add --beta 0.7 "),
-    ({"beta": 0.5}, {"beta": None}, "add --beta 0.5 "),
+    ({}, {"beta": 0.7}, "add --beta 0.5 "),
+    ({"beta": 0.7}, {"beta": None}, "add --beta 0.7 "),
 ]
 
 
@@ -489,7 +489,7 @@ def test_a_run_may_become_longer(quick: train.TrainConfig, caplog: pytest.LogCap
 
 def test_what_is_the_default_may_be_said(quick: train.TrainConfig) -> None:
     assert train.main(replace(quick, steps=2, schedule="constant")) == 0
-    assert train.main(replace(quick, steps=3, schedule="constant", beta=0.7, resume=True)) == 0
+    assert train.main(replace(quick, steps=3, schedule="constant", beta=0.5, resume=True)) == 0
 
 
 def test_a_checkpoint_of_before_the_recipe_was_kept_goes_on(quick: train.TrainConfig) -> None:

@@ -283,7 +283,7 @@ def test_votes_of_noise_are_seconded_by_nobody(
     accept = GhostGrid.accept
     means, verdicts = [], []
     for noise in (False, True):
-        trainer = make(OPEN, vote_rule=rule, grad_accum=count, steps=150)
+        trainer = make(OPEN, vote_rule=rule, grad_accum=count, steps=400, lr=1e-3)
         assert trainer.watch is not None
         trainer.watch.guard.unseconded_max = 40
 
@@ -296,7 +296,7 @@ def test_votes_of_noise_are_seconded_by_nobody(
         with monkeypatch.context() as patched:
             if noise:
                 patched.setattr(GhostGrid, "accept", shuffled)
-            for _ in range(150 if noise else 60):
+            for _ in range(400 if noise else 60):
                 # No new low: what is left to say is whether votes are seconded.
                 trainer.watch.guard.evaluated(2.0)
                 result = trainer.step()
