@@ -37,7 +37,7 @@ MOMENTUM = {
     "int16": MomentumRule(buffer="int16", beta=0.9, floor=0.1, tilt=0.0),
     "compact": CompactRule(tilt=0.5),
 }
-UNIT = {"int8": 8, "int16": 512, "compact": 4}
+UNIT = {"int8": 16, "int16": 512, "compact": 4}
 EVERY = {**MOMENTUM, "supermajority": SupermajorityRule(), "stochastic": StochasticRule(buffer="int8")}
 
 every_rule = pytest.mark.parametrize("rule", EVERY.values(), ids=list(EVERY))

@@ -291,7 +291,7 @@ def test_32_micro_batches_of_a_sequence_move_as_one_of_32(
         size = many[n].norm() / one[n].norm()
         cosine = (many[n] * one[n]).sum() / many[n].norm() / one[n].norm()
         # With few bits, the votes of a row that only one micro-batch in many sees are clipped: part of the rule.
-        low, alike = {"16": (0.85, 0.97), "8": (0.65, 0.85), "6": (0.65, 0.6)}[width]
+        low, alike = {"16": (0.85, 0.97), "8": (0.5, 0.75), "6": (0.65, 0.6)}[width]
         assert low < size < 1.33 and cosine > alike, f"{n}: size {size:.3f}, cosine {cosine:.3f}"
     total = [torch.cat([m.flatten() for m in move.values()]) for move in moves]
     assert 0.85 < float(total[0].norm() / total[1].norm()) < 1.18
