@@ -41,6 +41,8 @@ class QualityBench:
     """Threads of each."""
     device: str = "cpu"
     """Where to train."""
+    baseline: str = quality_tasks.BASELINE
+    """The method that the others are compared with."""
     summary: bool = False
     """Run nothing; print the summary of the results that are there."""
     worker: bool = False
@@ -51,6 +53,8 @@ class QualityBench:
             chosen = getattr(self, name)
             if not chosen or (unknown := [x for x in chosen if x not in known]):
                 raise ValueError(f"{name} has {unknown[0] if chosen else 'none'}, expected of {', '.join(known)}")
+        if self.baseline not in quality_tasks.METHODS:
+            raise ValueError(f"baseline is {self.baseline}, expected one of {', '.join(quality_tasks.METHODS)}")
         if not self.seeds:
             raise ValueError("seeds has none, expected at least one")
         if any(not 0 < rate <= 1 for rate in self.lrs):
@@ -83,7 +87,7 @@ def bench_quality(config: QualityBench) -> int:
             threads=config.threads,
         )
     lines = [x for x in read_lines(config.results) if x["task"] in config.tasks and x["method"] in config.methods]
-    rows = quality_summary.summary(lines, config.steps)
+    rows = quality_summary.summary(lines, config.steps, config.baseline)
     print_table(
         f"{config.results}: nats per token", quality_summary.COLUMNS, [quality_summary.cells(row) for row in rows]
     )

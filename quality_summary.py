@@ -1,4 +1,4 @@
-"""Results of many runs as one table: each method at its best learning rate, beside AdamW at its own.
+"""Results of many runs as one table: each method at its best learning rate, beside an AdamW at its own.
 
 A method that moves weights less forgets less and learns less, so forgetting is also compared at equal target loss: over
 rising learning rates the points (target loss, forgetting) form a curve that begins at (loss before, 0); both methods'
@@ -22,9 +22,9 @@ from quality_tasks import BASELINE, METHODS, TASKS
 class Summary:
     """A method on a task at its best learning rate; losses in nats per token, means over seeds.
 
-    ``forgetting`` is the rise of the source loss. ``*_ratio`` are against AdamW float32 at its own best. ``equal_*``
-    are read off both curves over learning rates at ``equal_target``, the lowest target loss that both reach. None where
-    there is nothing to compare with.
+    ``forgetting`` is the rise of the source loss. ``*_ratio`` are against the baseline at its own best rate.
+    ``equal_*`` are read off both curves over learning rates at ``equal_target``, the lowest target loss that both
+    reach. None where there is nothing to compare with.
     """
 
     task: str
@@ -93,12 +93,13 @@ def curve_of(results: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     return [(_mean(start, "target_before"), 0.0), *points]
 
 
-def summary(results: Iterable[Mapping[str, Any]], steps: int | None = None) -> list[Summary]:
+def summary(results: Iterable[Mapping[str, Any]], steps: int | None = None, baseline: str = BASELINE) -> list[Summary]:
     """One line per task and method, in the order of ``TASKS`` and ``METHODS``, names unknown to them last.
 
     Args:
         results: lines of a results file; those of another number of steps than their task's (or ``steps``) are left
             out.
+        baseline: the method that the others are compared with.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in results:
@@ -130,7 +131,7 @@ def summary(results: Iterable[Mapping[str, Any]], steps: int | None = None) -> l
             rates=len(rates),
             highest=rate == max(tried := {x["lr"] for x in groups[name, method]}) and len(tried) > 1,
         )
-        rows.append(_against_baseline(row, curve_of(groups[name, method]), groups.get((name, BASELINE), [])))
+        rows.append(_against_baseline(row, curve_of(groups[name, method]), groups.get((name, baseline), [])))
     return rows
 
 

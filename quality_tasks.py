@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
     "momentum": Method("votes", _RATES, vote_rule="momentum"),
     "compact": Method("votes", _RATES, vote_rule="compact", manifold="compact"),
 }
-DEFAULT_METHODS = tuple(name for name in METHODS if name != "stochastic" and not name.startswith("adamw-0."))
+DEFAULT_METHODS = ("adamw", "adamw-0.5-0.95", "adamw-8bit", "lora", "supermajority", "momentum", "compact")
 
 
 def check_method(name: str) -> Method:

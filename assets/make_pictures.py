@@ -20,7 +20,8 @@ from prime_telemetry import read_lines  # noqa: E402
 
 COLOURS = {"prime-harmonic": "#1f6f8b", "linear": "#d1793b", "compact": "#6b8e3d"}
 METHODS = {
-    "adamw": ("AdamW, 16 bytes", "#333333", "s-"),
+    "adamw": ("AdamW, betas 0.9, 0.95, 16 bytes", "#333333", "s:"),
+    "adamw-0.5-0.95": ("AdamW, betas 0.5, 0.95, 16 bytes", "#333333", "s-"),
     "adamw-8bit": ("AdamW 8 bit, 10 bytes", "#999999", "s--"),
     "lora": ("LoRA r = 16", "#a05fa0", "^--"),
     "supermajority": ("supermajority, 4 bytes", "#c9a227", "v--"),

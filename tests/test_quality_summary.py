@@ -39,6 +39,11 @@ def test_the_summary_compares_at_best_and_at_equal_loss() -> None:
     assert not adamw.equal_rough and not momentum.equal_rough
 
 
+def test_another_baseline_may_be_named() -> None:
+    rows = {r.method: r for r in quality_summary.summary(LINES, baseline="momentum")}
+    assert rows["momentum"].target_ratio == 1.0 and rows["adamw"].target_ratio == pytest.approx(2.31 / 2.2)
+
+
 def test_a_best_rate_that_is_the_highest_tried_is_marked() -> None:
     """A higher one that diverged was tried; a single one says nothing of others."""
     rows = {r.method: r for r in quality_summary.summary(LINES)}
