@@ -126,8 +126,9 @@ def _columns(group: LayerGroup) -> int:
 
 
 def _row_state(rule: VoteRule) -> int:
-    """Bytes per open row: means, sums, and what is computed from them once a step (yardstick, gain, inverse scale)."""
-    return 4 * len(rule.row_means) + 8 * len(rule.row_sums) + 4 + 8 + 8
+    """Bytes per open row: means, sums, and what is computed from them once a step (yardstick, gain, push, inverse
+    scale)."""
+    return 4 * len(rule.row_means) + 8 * len(rule.row_sums) + 4 + 8 + (8 if rule.column_means else 0) + 8
 
 
 def _tables(grid: GhostGrid) -> int:

@@ -72,7 +72,8 @@ def test_static_lines_are_what_exists_after_a_step(rule: str, tmp_path: Path) ->
         assert grid.state is not None and grid.state.cached is not None
         cached = [t for t in grid.state.cached[1] if isinstance(t, torch.Tensor)]
         rows += count(grid.scale, grid.inverse_scale(), *grid.state.rows.values(), *cached)
-        rows += count(*grid.state.columns.values(), *([] if grid.state.shares is None else [grid.state.shares]))
+        made = (grid.state.shares, grid.state.push)
+        rows += count(*grid.state.columns.values(), *(t for t in made if t is not None))
     assert rows <= size["scales, rows and columns"] <= 1.3 * rows
     moments = [t for s in trainer.optimizer.state.values() for t in s.values() if t.numel() > 1]
     parameters = list(trainer.floats.values())
