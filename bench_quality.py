@@ -86,7 +86,8 @@ def bench_quality(config: QualityBench) -> int:
             jobs=config.jobs,
             threads=config.threads,
         )
-    lines = [x for x in read_lines(config.results) if x["task"] in config.tasks and x["method"] in config.methods]
+    methods = {*config.methods, config.baseline}
+    lines = [x for x in read_lines(config.results) if x["task"] in config.tasks and x["method"] in methods]
     rows = quality_summary.summary(lines, config.steps, config.baseline)
     print_table(
         f"{config.results}: nats per token", quality_summary.COLUMNS, [quality_summary.cells(row) for row in rows]

@@ -453,7 +453,8 @@ class GhostGrid(nn.Module):
         return {**state, "observations": torch.tensor(self.state.observations, dtype=torch.int64)}
 
     def load_vote_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore :meth:`vote_state` (copied); an empty one locks the grid.
+        """Restore :meth:`vote_state` (copied); an empty one locks the grid. One of before columns were measured begins
+        to measure them.
 
         Raises:
             GhostError: the state is another rule's, or its votes are beyond what a step begins with.
@@ -464,6 +465,8 @@ class GhostGrid(nn.Module):
         # Votes inside words came with the words and stay.
         mine = self._open_empty()
         own = self.vote_state()
+        # What has seen nothing yet is zeros, as in a state that is opened.
+        state = {name: numbers for name, numbers in own.items() if name in mine.columns} | state
         for name in sorted(own.keys() | state.keys()):
             if name not in own or name not in state or own[name].dtype != state[name].dtype:
                 raise GhostError(

@@ -107,6 +107,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, is damaged, or breaks the contract."""
 
 
+class UnknownVersion(CheckpointError):
+    """A checkpoint of another version of the contract; it may be sound."""
+
+
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 (hex) of a tensor's elements in row-major order, little-endian."""
     digest = hashlib.sha256()
@@ -382,7 +386,7 @@ def check_contract(checkpoint: Any, where: str) -> None:
     if checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{where} has format {checkpoint.get('format')!r}, expected {FORMAT!r}")
     if type(checkpoint.get("version")) is not int or checkpoint["version"] != VERSION:
-        raise CheckpointError(
+        raise UnknownVersion(
             f"{where} has version {checkpoint.get('version')!r}, expected {VERSION}: use the suite that wrote it"
         )
     for key, kind in _KEYS.items():
@@ -454,6 +458,8 @@ def _check_weight(model: dict[str, Any], name: str, tensor: Any, where: str) -> 
 
 _VOTE_STATES = (
     {"r2", "g2", "c2", "row_squares", "row_sketch", "observations"},
+    # Of before columns were measured.
+    {"r2", "g2", "row_squares", "row_sketch", "observations"},
     {"r1", "r2", "row_sizes", "row_squares", "observations"},
 )
 _VOTE_TYPES = {

@@ -229,6 +229,12 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
     best = None
     if config.resume:
         trainer.restore(checkpoint)
+        if any("c2" not in state and "g2" in state for state in checkpoint["votes"].values()):
+            log.warning(
+                "%s was written before votes measured columns: the run goes on by the present rule, which is not the "
+                "future that it had",
+                source.name,
+            )
         best = checkpoint["train_state"].get("best")
     say_if_disk_is_small(trainer, config, checkpoint, folder)
     base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}

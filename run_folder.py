@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prime_checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from prime_checkpoint import CheckpointError, UnknownVersion, load_checkpoint, save_checkpoint
 from prime_telemetry import this_process
 from whole_output import sync
 
@@ -120,6 +120,10 @@ class RunFolder:
         """Write the checkpoint of a run that stops in the middle of the step after ``step``; only to resume from."""
         path = self.folder / f"{self.name}_prime_step_{step}_stopped.pt"
         save_checkpoint(checkpoint, path)
+        # Of a future that a return has given up: it would be taken for the newest.
+        for number, later in self.saved():
+            if number > step:
+                later.unlink()
         self._forget_stopped(path)
         return path
 
@@ -184,6 +188,9 @@ def _first_sound(files: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
     for file in files:
         try:
             return file, load_checkpoint(file)
+        except UnknownVersion:
+            # Not damaged: a run that went on from an older one would remove it.
+            raise
         except CheckpointError as error:
             log.warning("passing over %s: %s", file, error)
     return None

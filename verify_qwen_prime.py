@@ -177,7 +177,7 @@ def check_votes(checkpoint: dict[str, Any]) -> Check:
         table = manifold_of(checkpoint)
         left += [n for n, t in words.items() if n.endswith(".grid.indices") and bool(table.votes(t).any())]
         return Check("votes.absent", not left, len(left), 0, ", ".join(left[:3]))
-    means = {n: torch.cat([s[k] for k in ("r1", "r2", "g2") if k in s]) for n, s in votes.items()}
+    means = {n: torch.cat([s[k] for k in ("r1", "r2", "g2", "c2") if k in s]) for n, s in votes.items()}
     bad = [n for n, r in means.items() if bool((r < 0).any()) or not bool(torch.isfinite(r).all())]
     return Check("votes.sound", not bad, len(bad), 0, ", ".join(bad[:3]) or f"{len(votes)} grids are open")
 

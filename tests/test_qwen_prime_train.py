@@ -27,6 +27,7 @@ import manifolds
 import prime_cli
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
+import prime_checkpoint
 import qwen_prime_train as train
 import run_folder
 import training_data
@@ -499,6 +500,39 @@ def test_a_checkpoint_of_before_the_recipe_was_kept_goes_on(quick: train.TrainCo
     del content["train_state"]["recipe"]
     save_checkpoint(content, newest)
     assert train.main(replace(quick, resume=True, lr=1e-3)) == 0
+
+
+@pytest.mark.parametrize("rule", ["momentum", "compact"])
+def test_a_checkpoint_of_before_columns_were_measured_goes_on_where_it_was(
+    quick: train.TrainConfig, caplog: pytest.LogCaptureFixture, rule: str
+) -> None:
+    """It was taken for damaged once, and the run began anew from its step 0, over all that it had learned."""
+    quick = replace(quick, vote_rule=rule)
+    assert train.main(replace(quick, steps=2)) == 0
+    newest = quick.output_dir / "prime-harmonic_prime_step_2.pt"
+    content = copy.deepcopy(load_checkpoint(newest))
+    for state in content["votes"].values():
+        del state["c2"]
+    save_checkpoint(content, newest)
+    assert train.main(replace(quick, steps=3, resume=True)) == 0
+    assert "written before votes measured columns" in caplog.text
+    assert "passing over" not in caplog.text
+    assert load_checkpoint(quick.output_dir / "prime-harmonic_prime_step_3.pt")["train_state"]["step"] == 3
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over(
+    quick: train.TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train.main(replace(quick, steps=2)) == 0
+    newest = quick.output_dir / "prime-harmonic_prime_step_2.pt"
+    content = copy.deepcopy(load_checkpoint(newest))
+    with monkeypatch.context() as later:
+        later.setattr(prime_checkpoint, "VERSION", content["version"] + 1)
+        save_checkpoint({**content, "version": content["version"] + 1}, newest)
+    before = sorted(file.name for file in quick.output_dir.iterdir())
+    assert command(replace(quick, resume=True)) == 1
+    assert "use the suite that wrote it" in the_error(capsys.readouterr().err)
+    assert sorted(file.name for file in quick.output_dir.iterdir()) == before
 
 
 def test_resuming_under_another_name_names_those_that_are_there(

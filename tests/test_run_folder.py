@@ -85,6 +85,16 @@ def test_where_a_run_stopped_is_newer_than_the_step_before_and_goes_with_the_nex
     assert folder.stopped() == [] and [step for step, _ in folder.saved()] == [8, 12]
 
 
+def test_where_a_run_stopped_after_a_return_is_what_it_goes_on_from(content: dict[str, Any], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "a", keep_last=3)
+    for step in (8, 9):
+        folder.save(step, content, is_best=False, prune=False)
+    folder.save_stopped(8, content)
+    found = folder.newest_to_resume()
+    assert found is not None and found[0].name == "a_prime_step_8_stopped.pt"
+    assert [step for step, _ in folder.saved()] == [8]
+
+
 def test_room_for_what_a_run_may_come_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three checkpoints, an older best one and one being written; what is there already counts once."""
     folder = RunFolder(tmp_path, "x", keep_last=3)

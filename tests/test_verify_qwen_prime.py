@@ -812,7 +812,14 @@ def test_a_lost_norm_of_qwen3(untied: Path, tmp_path: Path, name: str) -> None:
     assert "probes.match" in failed(verify(plant(untied, tmp_path / "x.pt", change), tmp_path))
 
 
-STATISTICS = [("momentum", "r2"), ("momentum", "g2"), ("supermajority", "r1"), ("compact", "r2"), ("compact", "g2")]
+STATISTICS = [
+    ("momentum", "r2"),
+    ("momentum", "g2"),
+    ("momentum", "c2"),
+    ("supermajority", "r1"),
+    ("compact", "r2"),
+    ("compact", "c2"),
+]
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
