@@ -3,8 +3,8 @@
 What a step does is ``vote_trainer``'s, what watches over it ``night_shift``'s, what becomes of files ``run_folder``'s
 and ``prime_telemetry``'s. Here is the order in which they meet, which is what makes a run end well however it ends: the
 held-out loss is known before a step's line is written, a step's line is written before its checkpoint is, a verdict
-is looked at only between steps, and a signal also between micro-batches. A look at the model (evaluation, sample, core evaluation) that runs out of
-memory is left out and said to be; a step that does is the trainer's to make smaller.
+is looked at only between steps, and a signal also between micro-batches. A look at the model (evaluation, sample, core
+evaluation) that runs out of memory is left out and said to be; a step that does is the trainer's to make smaller.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class RunSettings(Recipe):
     sample_tokens: int = 48
     """Tokens of a continuation."""
     core_eval: bool = True
-    """A tiny evaluation beside each save but one at a stop, and the whole suite of prompts at the end: EVAL_name_step.json."""
+    """A tiny evaluation beside each save, but for a stop's, and all prompts at the end: EVAL_name_step.json."""
     save_every: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 3

@@ -24,10 +24,10 @@ import torch
 from tiny_models import import_source, tiny_config, write_source
 
 import manifolds
+import prime_checkpoint
 import prime_cli
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
-import prime_checkpoint
 import qwen_prime_train as train
 import run_folder
 import training_data
