@@ -37,12 +37,14 @@ ALLOWANCE = 0.10
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a run decides its memory; fields as those of the trainer."""
+    """What of a run decides its memory, and with ``grad_accum`` how many micro-batches make a step; fields as those of
+    the trainer."""
 
     vote_rule: str = "momentum"
     vote_buffer: str | None = None
     seq_len: int = 512
     batch_size: int = 1
+    grad_accum: int = 32
     peel: LayerPeel = field(default_factory=LayerPeel)
     gradient_checkpointing: bool = True
     compute: str = "float32"
@@ -58,7 +60,12 @@ class Settings:
         """The settings as the trainer's flags."""
         window = f" --peel-window {self.peel.window}" if self.peel.window else ""
         parts = [f"--vote-rule {self.vote_rule}", f"--peel {self.peel}{window}", f"--seq-len {self.seq_len}"]
-        return " ".join([*parts, *([f"--batch-size {self.batch_size}"] if self.batch_size > 1 else [])])
+        return " ".join([*parts, f"--batch-size {self.batch_size} --grad-accum {self.grad_accum}"])
+
+    def of_rows(self, batch_size: int) -> Settings:
+        """The same tokens a step in micro-batches of so many rows."""
+        count = math.ceil(self.grad_accum * self.batch_size / batch_size)
+        return replace(self, batch_size=batch_size, grad_accum=count)
 
 
 @dataclass(frozen=True)
@@ -221,13 +228,12 @@ def alternatives(settings: Settings) -> list[Settings]:
     other = "compact" if settings.vote_rule != "compact" else "momentum"
     window = LayerPeel.parse("v7", 8)
     shorter = sorted({s for s in (settings.seq_len, 512, 384, 256) if s <= settings.seq_len}, reverse=True)
-    found = [settings]
+    found = [settings.of_rows(settings.batch_size >> k) for k in range(settings.batch_size.bit_length())]
+    narrow = found[-1]
     for length in shorter:
         for peel in dict.fromkeys((settings.peel, window)):
             for rule in (settings.vote_rule, other):
-                found.append(
-                    replace(settings, seq_len=length, peel=peel, vote_rule=rule, vote_buffer=None, batch_size=1)
-                )
+                found.append(replace(narrow, seq_len=length, peel=peel, vote_rule=rule, vote_buffer=None))
     return list(dict.fromkeys(found))
 
 

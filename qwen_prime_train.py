@@ -121,6 +121,7 @@ def plan_settings(config: TrainConfig) -> memory_plan.Settings:
         vote_buffer=config.vote_buffer,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
+        grad_accum=config.grad_accum,
         peel=LayerPeel.parse(config.peel, config.peel_window),
         gradient_checkpointing=config.gradient_checkpointing,
         compute=config.compute,

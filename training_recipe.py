@@ -30,8 +30,9 @@ class Recipe:
 
     steps: int = 300
     """How many steps in all."""
-    grad_accum: int = 32
-    """Micro-batches in a step."""
+    # Of a buffer's few bits each micro-batch has its share: many small ones are counted more coarsely than a few wide.
+    grad_accum: int = 8
+    """Micro-batches in a step. Few wide ones (--batch-size) learn more than many narrow ones."""
     lr: float | None = None
     """Learning rate of weights, norms and biases alike, of the size that suits AdamW; by default 0.25 / hidden size."""
     weight_decay: float = 0.0

@@ -6,7 +6,7 @@ The run of the README's pictures: tiny_coder, 240 steps, two layers every 20 ste
 
     python qwen_prime_importer.py --model assets/tiny_coder --output runs/watch/tiny_coder_prime_init.pt
     python qwen_prime_train.py --checkpoint runs/watch/tiny_coder_prime_init.pt --data assets/stdlib_instruct.jsonl \
-        --output-dir runs/watch/run --steps 240 --grad-accum 2 --lr 3e-4 --peel 40:20:2 --save-every 60 \
+        --output-dir runs/watch/run --steps 240 --batch-size 1 --grad-accum 2 --lr 3e-4 --peel 40:20:2 --save-every 60 \
         --eval-every 30 --sample-every 60 --keep-last 5
 
 The terminal is shown as it was at step 65, in the middle of the layer peel. Needs Chromium and its driver.

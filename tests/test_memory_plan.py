@@ -93,6 +93,14 @@ def test_what_is_given_up_saves_something(shared_data: Path) -> None:
     assert size(compute="bfloat16") < 1.01 * size() < size(cuda=True)
 
 
+def test_what_to_give_up_first_is_wide_micro_batches_at_the_same_tokens_a_step() -> None:
+    found = plan.alternatives(plan.Settings(batch_size=6, grad_accum=5))
+    assert [(s.batch_size, s.grad_accum) for s in found[:3]] == [(6, 5), (3, 10), (1, 30)]
+    assert all((s.batch_size, s.grad_accum) == (1, 30) for s in found[3:]) and len(found) > 3
+    assert found[1].flags.endswith("--batch-size 3 --grad-accum 10")
+    assert all(s.vote_rule == "momentum" and s.seq_len == 512 for s in found[:3])
+
+
 def test_the_report_answers_whether_it_fits_and_with_which_flags(shared_data: Path) -> None:
     model = geometry(shared_data, "Qwen2.5-Coder-1.5B-Instruct")
     text, fits = plan.report(model, plan.Settings(), 11 * 2**30)

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TRAIN = ["--seq-len", 32, "--grad-accum", 1, "--warmup", 1, "--device", "cpu"]
+TRAIN = ["--seq-len", 32, "--batch-size", 1, "--grad-accum", 1, "--warmup", 1, "--device", "cpu"]
 COMMANDS: list[Command] = [
     ("import", "qwen_prime_importer", ["--model", "source", "--output", "a.pt", "--report", "import.json"]),
     ("verify", "verify_qwen_prime", ["a.pt", "--json", "verify.json"]),

@@ -73,6 +73,7 @@ def config(init: Path, records: Path, tmp_path: Path) -> train.TrainConfig:
         output_dir=tmp_path / "run",
         steps=4,
         seq_len=128,
+        batch_size=1,
         grad_accum=2,
         lr=2e-3,
         warmup=1,
@@ -105,6 +106,7 @@ def quick(sources: dict[str, Path], tmp_path: Path) -> train.TrainConfig:
         output_dir=tmp_path / "quick",
         steps=4,
         seq_len=64,
+        batch_size=1,
         grad_accum=6,
         lr=4e-3,
         warmup=1,
@@ -714,7 +716,7 @@ night.PEEL, night.NAN_LOSS, night.NAN_GRADIENT = "none", ((0, 0),), (1, 1)
 night.MEMORY_GONE, night.MEMORY_BACK, night.LEFT = 4, 6, 0.7
 plain = night.settings
 def settings(folder):
-    changes = dict(steps=7, seq_len=1024, eval_every=0, sample_every=0, save_every=100, device="cpu")
+    changes = dict(steps=7, seq_len=1024, batch_size=1, eval_every=0, sample_every=0, save_every=100, device="cpu")
     return replace(plain(folder), checkpoint=Path({checkpoint!r}), data=Path({data!r}), **changes)
 night.settings = settings
 raise SystemExit(night.worker(Path({folder!r})))

@@ -103,6 +103,7 @@ class Stage:
             "--save-every": SAVE_EVERY,
             "--eval-every": 2,
             "--keep-last": 1,
+            "--batch-size": 1,
             "--grad-accum": 2,
             "--seq-len": 64,
             "--hold-out": 0.2,
