@@ -19,7 +19,7 @@ from prime_telemetry import read_lines
 class QualityBench:
     """Compare training methods: held-out loss of a new domain, and what it costs in the old one."""
 
-    tasks: tuple[str, ...] = tuple(quality_tasks.TASKS)
+    tasks: tuple[str, ...] = quality_tasks.DEFAULT_TASKS
     """Which tasks, by name."""
     methods: tuple[str, ...] = quality_tasks.DEFAULT_METHODS
     """Which methods, by name."""

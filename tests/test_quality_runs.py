@@ -88,3 +88,13 @@ def test_a_worker_command_says_one_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert quality_runs.plan(
         [quality_tasks.TASKS["stdlib"]], config.methods, config.seeds, rates=config.lrs, steps=config.steps
     ) == [run]
+
+
+def test_what_the_others_are_compared_with_is_in_the_table_unasked(tmp_path: Path) -> None:
+    results = quality_tasks.ROOT / "assets" / "quality.jsonl"
+    table = tmp_path / "table.md"
+    lines = ["quality", "--summary", "--results", str(results), "--tasks", "stdlib", "--methods", "momentum"]
+    assert cli([*lines, "--baseline", "adamw-0.7-0.95", "--markdown", str(table)]) == 0
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.read_text().splitlines()[2:]]
+    assert [row[1] for row in rows] == ["adamw-0.7-0.95", "momentum"]
+    assert all("-" not in row[-3:] for row in rows)
