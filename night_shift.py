@@ -453,7 +453,7 @@ class Shape:
 class MemoryContingency:
     """A ladder of shapes, each with less in memory at a time and at least as many tokens per step.
 
-    Batches are halved first, which costs time, and votes a little of their grain; then rows shorten to 3/4, 1/2, 3/8,
+    Batches are halved first, which costs time, and votes some of their grain; then rows shorten to 3/4, 1/2, 3/8,
     ... down to ``shortest`` (512, 384, 256), which cuts longer documents. Runs that begin with short rows may halve
     them.
     """
