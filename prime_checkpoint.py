@@ -17,7 +17,8 @@ Layout of the dict (every key is required; dtypes and shapes are checked on load
                     fixed vector (``probe_vector``), taken before conversion; stage init only, else {}
     votes           {grid name: {"votes": int8 or int16 (out, in), absent where words hold them,
                     "r2": float32 (out,), "row_squares": int64 (out,), "observations": int64 (), and by rule
-                    "g2", "row_sketch" and "c2" (float32 (in,)) or "r1" and "row_sizes", of the same two types}};
+                    "g2", "row_sketch" and "c2" (float32 (in,); older ones lack it) or "r1" and "row_sizes", of the
+                    same two types}};
                     {} in stage init
     train_state     plain dict of step, tokens, cursor, rule, recipe and float optimizer; {} in stage init; with
                     "half_step" where the next step was left between two micro-batches (``vote_trainer.HalfStep``)

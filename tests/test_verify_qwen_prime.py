@@ -818,6 +818,7 @@ STATISTICS = [
     ("momentum", "c2"),
     ("supermajority", "r1"),
     ("compact", "r2"),
+    ("compact", "g2"),
     ("compact", "c2"),
 ]
 
