@@ -305,7 +305,7 @@ static __device__ __forceinline__ u32 entry_below(i64 size, u32 near, const i64 
 template <typename V, bool WORDS>
 static __device__ void apply_votes(i16 *words, V *votes, const i64 *stride, const i64 *fixed, const int *buckets,
                                    u32 columns, u32 top, int bits, u32 key0, u32 key1, u32 key2, u32 key3, i64 decay,
-                                   i64 carry, i64 shrink, u64 *counts)
+                                   i64 carry, i64 shrink, i64 reach, u64 *counts)
 {
     __shared__ i64 box[WARPS];
     const i64 one = (i64)1 << 40;
@@ -318,7 +318,8 @@ static __device__ void apply_votes(i16 *words, V *votes, const i64 *stride, cons
         const u64 place = row * columns + j;
         const int word = words[place];
         const int old = WORDS ? (word + half) >> bits : word;
-        const i64 m = WORDS ? word - (old << bits) : votes[place];
+        const i64 cast = WORDS ? word - (old << bits) : votes[place];
+        const i64 m = larger(smaller(cast, reach), -reach);
         if (m == 0 && shrink == 0)
             continue;
         const u32 near = old < 0 ? -old : old;
@@ -353,10 +354,10 @@ static __device__ void apply_votes(i16 *words, V *votes, const i64 *stride, cons
 #define APPLY(NAME, V, WORDS)                                                                                           \
     extern "C" __global__ void NAME(i16 *words, V *votes, const i64 *stride, const i64 *fixed, const int *buckets,      \
                                     u32 columns, u32 top, int bits, u32 key0, u32 key1, u32 key2, u32 key3, i64 decay,  \
-                                    i64 carry, i64 shrink, u64 *counts)                                                 \
+                                    i64 carry, i64 shrink, i64 reach, u64 *counts)                                      \
     {                                                                                                                   \
         apply_votes<V, WORDS>(words, votes, stride, fixed, buckets, columns, top, bits, key0, key1, key2, key3, decay,  \
-                              carry, shrink, counts);                                                                   \
+                              carry, shrink, reach, counts);                                                            \
     }
 APPLY(apply_int8, i8, false)
 APPLY(apply_int16, i16, false)

@@ -15,7 +15,8 @@ micro-batch's loss, its columns scaled, SR unbiased stochastic rounding, U the v
                                                       all micro-batches, so E[row_sketch^2] = Σ (Σ_k f_k)^2, the
                                                       squared norm of a sum that is never formed (Alon, Matias and
                                                       Szegedy 1996)
-    apply  target = value[index] + stride[row] · votes, in fixed point with 40 fractional bits, clipped to ±1
+    apply  votes  = votes within ±reach
+           target = value[index] + stride[row] · votes, in fixed point with 40 fractional bits, clipped to ±1
            index  = one of the two entries around target, drawn so that its expectation is target
            votes  = SR(β · votes)
 
@@ -40,7 +41,7 @@ import ghost_kernels_cuda as cuda
 import ghost_kernels_torch as reference
 from manifolds import FIXED_BITS, Manifold
 from row_threads import run_rows
-from vote_units import COLUMNS_MAX, WHISPER_BITS, WHISPER_LIMIT, KernelError, VoteUnits
+from vote_units import COLUMNS_MAX, REACH_MAX, WHISPER_BITS, WHISPER_LIMIT, KernelError, VoteUnits
 
 
 @dataclass(frozen=True)
@@ -456,6 +457,7 @@ def apply_votes(
     decay: int,
     carry: int,
     shrink: int = 0,
+    reach: int = REACH_MAX,
     backend: str | None = None,
 ) -> tuple[int, int, int]:
     """Move every weight by its votes and let the votes fade (module docstring, ``apply``). Integer operations only.
@@ -468,6 +470,7 @@ def apply_votes(
         decay: β as a multiple of 2^-16, 0 to 65536.
         carry: from :class:`VoteUnits`.
         shrink: weight decay of this step as a multiple of 2^-32, at most 2^22: every weight loses this share of itself.
+        reach: most votes of one weight that count, 1 to 2^15; what is beyond moves nothing and is not kept.
 
     Returns:
         Number of flips; the summed distance aimed at by the flipped weights in units of 2^-40 of their row's scale; and
@@ -480,14 +483,16 @@ def apply_votes(
         raise KernelError(f"decay is {decay}, expected 0 to 65536")
     if not 0 <= shrink <= 1 << 22:
         raise KernelError(f"shrink is {shrink}, expected 0 to {1 << 22}: a share of 2^-10 in a step")
+    if not 1 <= reach <= REACH_MAX:
+        raise KernelError(f"reach is {reach}, expected 1 to {REACH_MAX}")
     name = backend_for(indices.device, backend)
     if name == "torch":
-        return reference.apply(indices, votes, stride, manifold, keys, decay, carry, shrink)
+        return reference.apply(indices, votes, stride, manifold, keys, decay, carry, shrink, reach)
     if name == "cuda":
         _all_dense(indices, votes)
-        return _read_counts(cuda.apply(indices, votes, _dense(stride), manifold, keys, decay, carry, shrink))
+        return _read_counts(cuda.apply(indices, votes, _dense(stride), manifold, keys, decay, carry, shrink, reach))
     tables = (manifold.fixed.numpy(), manifold.fixed_buckets.numpy(), indices.shape[1])
-    plain = (np.array(keys, dtype=np.uint32), np.int64(decay), np.int64(carry), np.int64(shrink))
+    plain = (np.array(keys, dtype=np.uint32), np.int64(decay), np.int64(carry), np.int64(shrink), np.int64(reach))
     if votes is None:
         bits = np.int64(manifold.vote_bits)
         return _count_rows(cpu.apply_words, indices, indices.numpy(), bits, stride.numpy(), *tables, *plain)

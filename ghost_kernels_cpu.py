@@ -317,7 +317,7 @@ def _fade(votes, decay, carry, draw):
 
 
 @compiled()
-def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
+def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, carry, shrink, reach, counts, start, stop):
     """Move indices by their votes and let these fade, in place. Flips, travel, clipped: ``counts`` ``(out, 3)``."""
     draws = np.empty(columns, np.uint32)
     for i in range(start, stop):
@@ -326,7 +326,7 @@ def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, car
         base = np.uint32(i * columns)
         _draws(draws, base, keys[0], keys[1])
         for j in range(columns):
-            m = np.int64(votes[i, j])
+            m = min(max(np.int64(votes[i, j]), -reach), reach)
             if m == 0 and shrink == 0:
                 continue
             old = np.int64(indices[i, j])
@@ -338,7 +338,7 @@ def apply_rows(indices, votes, stride, fixed, buckets, columns, keys, decay, car
             indices[i, j] = new
         _draws(draws, base, keys[2], keys[3])
         for j in range(columns):
-            m = np.int64(votes[i, j])
+            m = min(max(np.int64(votes[i, j]), -reach), reach)
             # Nothing fades to nothing whatever is drawn: decay is at most 2^16 and the draw below that.
             votes[i, j] = _fade(m, decay, carry, draws[j]) if m != 0 else 0
         counts[i, 0] = flips
@@ -352,7 +352,7 @@ def _apply_rows_team(rows, pieces, threads, *arguments):
 
 
 @compiled()
-def apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry, shrink, counts, start, stop):
+def apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry, shrink, reach, counts, start, stop):
     """The same of words that hold their own votes."""
     half = (np.int64(1) << bits) >> np.int64(1)
     draws = np.empty(columns, np.uint32)
@@ -366,7 +366,7 @@ def apply_words(words, bits, stride, fixed, buckets, columns, keys, decay, carry
         for j in range(columns):
             word = np.int64(words[i, j])
             old = (word + half) >> bits
-            m = word - (old << bits)
+            m = min(max(word - (old << bits), -reach), reach)
             if m == 0 and shrink == 0:
                 continue
             new, way, cut = _move(old, m * step, shrink, fixed, buckets, draws[j])

@@ -137,12 +137,13 @@ def apply(
     decay: int,
     carry: int,
     shrink: int,
+    reach: int,
 ) -> torch.Tensor:
     """As :func:`ghost_kernels.apply_votes`; the three counts, int64 ``(3,)``, stay on the device."""
     counts = _counts(indices.device)
     pointers = map(_pointer, (indices, votes, stride, manifold.fixed, manifold.fixed_buckets))
     sizes = (c_uint(indices.shape[1]), c_uint(manifold.top), c_int(manifold.vote_bits))
-    draws, plain = map(c_uint, keys), map(c_longlong, (decay, carry, shrink))
+    draws, plain = map(c_uint, keys), map(c_longlong, (decay, carry, shrink, reach))
     name = "apply_words" if votes is None else f"apply_{_TYPES[votes.dtype]}"
     launch = module_of(indices.device).launch
     launch(name, len(indices), _THREADS, *pointers, *sizes, *draws, *plain, _pointer(counts))

@@ -124,6 +124,7 @@ def apply(
     decay: int,
     carry: int,
     shrink: int,
+    reach: int,
 ) -> tuple[int, int, int]:
     """As :func:`ghost_kernels.apply_votes`."""
     columns = words.shape[1]
@@ -133,6 +134,7 @@ def apply(
         part = slice(rows.start, rows.stop)
         old = manifold.levels(words[part]).long()
         m = words[part].long() - (old << bits) if votes is None else votes[part].long()
+        m = m.clamp(-reach, reach)
         size = fixed[old.abs().clamp(max=manifold.top)]
         size = size - (size * shrink >> 32)
         start = torch.where(old < 0, -size, size)

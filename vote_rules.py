@@ -12,7 +12,8 @@ unbiased stochastic rounding.
     size[row] = max(sqrt(r2[row]), floor · RMS of sqrt(r2) over the tensor's rows that have seen a gradient)
     h         = g · share[column]                                           each micro-batch
     votes    -= SR((1 - β) · U · h / (K · ρ · size[row]))
-    value     = (1 - lr · λ) · value + lr · gain[row] · fresh[row] · votes / (U · scale[row])    each step, drawn
+    votes     = votes within ±reach · U                                     each step
+    value     = (1 - lr · λ) · value + lr · gain[row] · fresh[row] · votes / (U · scale[row])    drawn
     votes     = SR(β · votes)                                                                   between neighbours
     fresh[row] = ρ · size[row] of before the step / the same with the step's own gradients in it
     gain[row] = (size[row] / RMS of sqrt(r2) over those rows)^tilt
@@ -38,6 +39,10 @@ with the step's votes in the place of the squared gradient: they are there, they
 and a few hundred rows of them say enough. A share is a power of two: the product that makes the gradient has its input
 scaled by it, which rounds nothing, so a gradient's votes do not know at which of the two places they were scaled, and
 no kernel has to.
+
+A row's size says little of its loudest weights, which can be thirty times as loud. AdamW has a size for each weight and
+hardly ever moves one much farther than its rate; here ``reach`` cuts what is beyond. Less of it takes the noise of
+small steps for signal, as signs of gradients do; more of it lets large steps at high rates break what was learned.
 
 ρ is what averaging over micro-batches leaves of a gradient's size: 1 where they agree, 1/sqrt(K) where they are noise.
 With it a vote is measured by the size of the step's gradient, as AdamW measures, so a learning rate means the same at
@@ -309,11 +314,15 @@ class MomentumRule(VoteRule):
     """Rows quieter than this share of their tensor's RMS are measured by the tensor's."""
     tilt: float = 0.5
     """Power of a row's size, against its tensor's, by which its weights move: 0 moves all rows alike."""
+    reach: float = 0.75
+    """Most by which the votes of one weight count, in row RMS."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect("beta", 0.0, 1.0)
         self._expect("tilt", 0.0, 2.0)
+        if not 0 < self.reach < math.inf:
+            raise RuleError(f"reach is {self.reach}, expected a finite number above 0")
         if not self.floor >= 0:
             raise RuleError(f"floor is {self.floor}, expected at least 0")
 
@@ -413,15 +422,21 @@ class MomentumRule(VoteRule):
             decay=round(self.beta * 65536),
             carry=units.carry,
             shrink=shrink,
+            reach=self.most(units),
             backend=grid.ballot.backend,
         )
+
+    def most(self, units: VoteUnits) -> int:
+        """:attr:`reach` in votes."""
+        return min(max(round(self.reach * units.unit), 1), vote_units.REACH_MAX)
 
     def _fold_columns(self, grid: Grid, state: VoteState) -> None:
         """Fold the squares of the votes that are about to be applied into the columns' running means."""
         rows = slice(None, None, max(1, len(grid.indices) // COLUMN_ROWS))
         votes = grid.tables().votes(grid.indices[rows]) if state.votes is None else state.votes[rows]
+        most = self.most(self.units(grid))
         # Squares of 16 bits need 32; integers have one sum, whoever adds them up.
-        squares = votes.int().square().sum(0, dtype=torch.int64).double() / len(votes)
+        squares = votes.int().clamp(-most, most).square().sum(0, dtype=torch.int64).double() / len(votes)
         assert state.shares is not None
         self._fold(state.columns["c2"], squares / state.shares.double().square())
 

@@ -21,6 +21,8 @@ COLUMNS_MAX = 1 << 15
 """Widest row whose statistics cannot overflow 64 bits in a step, however loud its votes are."""
 UNITS = {16: 512, 8: 16, 6: 4}
 """Votes in one row RMS, by the width of the buffer."""
+REACH_MAX = 1 << 15
+"""Most votes that a buffer can hold."""
 SLOTS_MAX = 1024
 """Most uses of a grid in one step."""
 DRAW_BITS = 28

@@ -145,9 +145,9 @@ def test_what_is_not_finite_is_marked_casts_nothing_and_is_taken_back() -> None:
 
 @needs_card
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("shrink", [0, 99_999])
+@pytest.mark.parametrize(("shrink", "reach"), [(0, 1 << 15), (99_999, 5)])
 @pytest.mark.parametrize("kind", ["int8", "int16", "compact"])
-def test_apply(shape: tuple[int, int], shrink: int, kind: str) -> None:
+def test_apply(shape: tuple[int, int], shrink: int, reach: int, kind: str) -> None:
     rng = np.random.default_rng(shape)
     table = manifolds.build("compact" if kind == "compact" else "prime-harmonic")
     units = vote_units.VoteUnits.for_buffer({"int8": 8, "int16": 16, "compact": 6}[kind], 1)
@@ -162,7 +162,8 @@ def test_apply(shape: tuple[int, int], shrink: int, kind: str) -> None:
     }
     results = []
     for t in both(tensors):
-        counts = kernels.apply_votes(**t, keys=FOUR_KEYS, decay=45_875, carry=units.carry, shrink=shrink)
+        options = {"decay": 45_875, "carry": units.carry, "shrink": shrink, "reach": reach}
+        counts = kernels.apply_votes(**t, keys=FOUR_KEYS, **options)
         results.append((t["indices"], t["votes"], counts))
     (i, v, counts), (j, w, others) = results
     assert same(i, j) and (v is None or same(v, w)) and counts == others

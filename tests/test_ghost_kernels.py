@@ -288,11 +288,11 @@ def test_whispers_same_bits(
         assert torch.equal(results[0][0], votes) == (gate >= 1 << 19)
 
 
-@pytest.mark.parametrize("shrink", [0, 99_999])
+@pytest.mark.parametrize(("shrink", "reach"), [(0, 1 << 15), (99_999, 7)])
 @pytest.mark.parametrize(("shape", "elements"), SLICED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_apply_same_bits(
-    shape: tuple[int, int], kind: str, shrink: int, elements: int | None, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], kind: str, shrink: int, reach: int, elements: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_slices(monkeypatch, elements)
     rng = generator(4, *shape)
@@ -304,7 +304,7 @@ def test_apply_same_bits(
     results = []
     for backend in kernels.BACKENDS:
         w, v = words.clone(), copied(votes)
-        options: dict[str, Any] = {"keys": FOUR_KEYS, "decay": 45_875, "carry": carry, "shrink": shrink}
+        options: dict[str, Any] = {"keys": FOUR_KEYS, "decay": 45_875, "carry": carry, "shrink": shrink, "reach": reach}
         counts = kernels.apply_votes(w, v, stride, table, **options, backend=backend)
         results.append((w, v, counts))
     w, v, counts = results[0]
@@ -957,6 +957,7 @@ def apply_in_python(
     decay: int,
     carry: int,
     shrink: int,
+    reach: int,
 ) -> tuple[list[list[int]], list[list[int]], tuple[int, int, int]]:
     """``apply`` of the module docstring, element by element, in Python's unbounded integers: levels, votes, counts."""
     fixed = table.fixed.tolist()
@@ -965,6 +966,7 @@ def apply_in_python(
     flips = travel = clipped = 0
     for i, (level_row, vote_row) in enumerate(zip(levels, buffer, strict=True)):
         for j, (old, m) in enumerate(zip(level_row, vote_row, strict=True)):
+            m = max(-reach, min(reach, m))
             if m == 0 and shrink == 0:
                 continue
             position = (i * len(level_row) + j) & 0xFFFFFFFF
@@ -987,14 +989,14 @@ def apply_in_python(
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
-@pytest.mark.parametrize("shrink", [0, 1, 77_777, 1 << 22])
+@pytest.mark.parametrize(("shrink", "reach"), [(0, 1 << 15), (0, 5), (1, 1 << 15), (77_777, 17), (1 << 22, 1)])
 @pytest.mark.parametrize(
     ("kind", "table"),
     [("int16", MANIFOLD), ("int8", LINEAR), ("int16", COARSE), ("compact", COMPACT)],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
-def test_apply_by_brute_force(kind: str, table: Manifold, shrink: int, backend: str) -> None:
-    rng = generator(30, shrink)
+def test_apply_by_brute_force(kind: str, table: Manifold, shrink: int, reach: int, backend: str) -> None:
+    rng = generator(30, shrink, reach)
     shape = (29, 31)
     votes = some_votes(shape, rng, most_of(kind), kind)
     words, buffer = (votes, None) if kind == "compact" else (some_indices(shape, rng), votes)
@@ -1002,11 +1004,10 @@ def test_apply_by_brute_force(kind: str, table: Manifold, shrink: int, backend: 
     stride[0], stride[1] = 0, 1 << 46
     keys = (0xFFFFFFFF, 0xDEADBEEF, 3, 0xFFFFFFFF)
     carry = VoteUnits.for_buffer(BITS[kind], 1).carry
-    levels, kept, counts = apply_in_python(words, buffer, stride, table, keys, 45_875, carry, shrink)
+    levels, kept, counts = apply_in_python(words, buffer, stride, table, keys, 45_875, carry, shrink, reach)
     assert min(counts) > 0
-    got = kernels.apply_votes(
-        words, buffer, stride, table, keys=keys, decay=45_875, carry=carry, shrink=shrink, backend=backend
-    )
+    options = {"decay": 45_875, "carry": carry, "shrink": shrink, "reach": reach}
+    got = kernels.apply_votes(words, buffer, stride, table, keys=keys, **options, backend=backend)
     assert table.levels(words).tolist() == levels
     assert (table.votes(words) if buffer is None else buffer).tolist() == kept
     assert got == counts
@@ -1517,7 +1518,7 @@ def test_the_compiled_moves_hold_no_float_variable() -> None:
     int8, int16, int32, int64, uint32 = numba.int8, numba.int16, numba.int32, numba.int64, numba.uint32
     last = (int64[:, ::1], int64, int64)
     tables = (int64[::1], int64[::1], int32[::1])
-    rest = (int64, uint32[::1], int64, int64, int64, *last)
+    rest = (int64, uint32[::1], *(int64,) * 4, *last)
     assert floats_of(ghost_kernels_cpu.apply_rows.py_func, (int16[:, ::1], int8[:, ::1], *tables, *rest)) == []
     assert floats_of(ghost_kernels_cpu.apply_words.py_func, (int16[:, ::1], int64, *tables, *rest)) == []
     flip = (int16[:, ::1], int8[:, ::1], int64[::1], int64[::1], int64, uint32[::1], *(int64,) * 5, *last)
