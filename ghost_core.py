@@ -13,7 +13,8 @@ Who may vote is explicit: a grid votes while it is unlocked (its buffer exists) 
 as ``requires_grad`` have no say over integers. Closed, the same modules are an ordinary frozen network, and a locked
 grid costs no weight gradient; nothing below the lowest open grid is visited by the backward pass at all.
 
-What votes mean and do is the vote rule's business (``vote_rules``); this module only brings gradients to it.
+What votes mean and do is the vote rule's business (``momentum_rules``, ``whisper_rules``); this module only brings
+gradients to it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from torch import nn
 import ghost_kernels as kernels
 import ghost_kernels_cuda as cuda_kernels
 import sliced_softmax
+from ballots import Ballot
 from ghost_grid import USE_EMBEDDING, USE_LINEAR, GhostGrid, recording, row_range
-from vote_rules import Ballot
 
 KEPT_LOGITS = 1 << 27
 """Most bytes of logits that wait for their backward pass: in bfloat16, 512 tokens of a Qwen vocabulary are 148 MiB."""

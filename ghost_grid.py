@@ -1,7 +1,7 @@
 """One discrete weight matrix: its words and scales, the votes while it is unlocked, and what it finds out about them.
 
 A ``GhostGrid`` knows how to be looked up, imported, unlocked, voted on and moved. Where it stands in a model, and how a
-gradient comes to it, is ``ghost_core``'s business; what votes mean and do, the vote rule's (``vote_rules``).
+gradient comes to it, is ``ghost_core``'s business; what votes mean and do, the vote rule's (``momentum_rules``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import ghost_kernels as kernels
+from ballots import Ballot, VoteState
 from manifolds import Manifold
+from momentum_rules import MomentumRule
 from vote_evidence import Hearing
-from vote_rules import Ballot, VoteState
 
 HEADROOM = 1.25
 """A row's largest weight sits at 1/1.25 of its scale after import: it can grow by a quarter before it saturates."""
@@ -72,7 +73,7 @@ class GhostGrid(nn.Module):
     Buffers:
         indices: int16 ``(out, in)``: the words; on a manifold with vote bits their low bits are the vote buffer.
         scale: float32 ``(out,)``, positive; never trained.
-    While unlocked also ``state``, a :class:`vote_rules.VoteState`. ``uses`` is in how many places of the model the grid
+    While unlocked also ``state``, a :class:`ballots.VoteState`. ``uses`` is in how many places of the model the grid
     stands: 2 where head and embedding are tied. ``keeps`` says that its layer is computed twice (gradient
     checkpointing), where a card may keep dense weights from the second time to the backward pass. ``heat`` is a factor
     on this grid's learning rate, 1 unless a governor brakes it. Where the ballot listens, ``hearing`` says whether the
@@ -90,7 +91,7 @@ class GhostGrid(nn.Module):
         self.name = ""
         self.number = 0
         self.manifold = manifold
-        self.ballot = ballot or Ballot()
+        self.ballot = ballot or Ballot(MomentumRule())
         self.register_buffer("indices", torch.zeros(out_features, in_features, dtype=torch.int16))
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
         self.state: VoteState | None = None
@@ -276,7 +277,7 @@ class GhostGrid(nn.Module):
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``(n, in)`` with each column scaled by its share, a power of two: what a product is given so that its
-        gradient of this grid comes out scaled (``vote_rules``)."""
+        gradient of this grid comes out scaled (``momentum_rules``)."""
         shares = self._open_state().shares
         return x if shares is None else x * shares.to(x.dtype)
 

@@ -5,7 +5,7 @@ device, worked in slices), ``numba`` (the CPU's: one fused pass per operation, a
 ``cuda`` (the same for NVIDIA cards: ``ghost_kernels_cuda``, all but the snap, which is no part of a step).
 ``backend_for`` chooses by device and says which; nothing falls back in silence.
 
-The rule ``momentum`` in symbols (``vote_rules`` has all of it). K micro-batches a step, g the gradient of one
+The rule ``momentum`` in symbols (``momentum_rules`` has all of it). K micro-batches a step, g the gradient of one
 micro-batch's loss, its columns scaled, SR unbiased stochastic rounding, U the votes per row RMS (``VoteUnits.unit``):
 
     cast   f = rint(2^16 · yardstick[row] · g)        with yardstick = (1 - β) U / (K · rms[row])

@@ -18,10 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ballots import VoteRule
 from ghost_core import KEPT_LOGITS
 from ghost_grid import SLICE_ELEMENTS, GhostGrid
 from night_shift import LayerGroup, LayerPeel, layer_groups
-from vote_rules import VoteRule, rule_named
+from vote_rules import rule_named
 
 GB = 1_000_000_000
 """Sizes are printed in decimal gigabytes, as models' and cards' makers count them."""

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import PreTrainedModel
 
+from ballots import Ballot, cast_keys
 from ghost_core import GhostLinearTandem, ghost_cross_entropy
 from ghost_grid import GhostGrid
+from momentum_rules import MomentumRule
 from packed_attention import Starts, document_lengths, serves, starts_of
 from packed_batches import Batch
 from prime_device import is_out_of_memory
-from vote_rules import Ballot, MomentumRule, cast_keys
 
 CAPABILITY = (8, 0)
 """From which compute capability on a recording pays: older cards take longer to compute than Python to ask."""

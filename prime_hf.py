@@ -35,13 +35,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import manifolds
 import modeling_prime
+from ballots import Ballot, VoteRule
 from dense_weights import DenseSource, ExportError
 from ghost_core import GhostLinearTandem, Movement, apply_votes, grids_of, name_grids
 from ghost_grid import SLICE_ELEMENTS
 from hf_export import StoredTensor, folder_config, write_companions, write_json, write_shards
 from manifolds import Manifold
+from momentum_rules import MomentumRule
 from qwen_prime_wrapper import expected_tensors, restore_modules, swap_modules
-from vote_rules import Ballot, VoteRule, rule_named
+from vote_rules import rule_named
 from whole_output import new_folder
 
 log = logging.getLogger("prime_hf")
@@ -121,7 +123,7 @@ class PrimeQuantizer(HfQuantizer):
         raise ValueError(f"the folder has no table {config.manifold} of sha256 {config.sha256[:16]}...: export again")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        name_grids(model, Ballot())
+        name_grids(model, Ballot(MomentumRule()))
         model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[method-assign]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

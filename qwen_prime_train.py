@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import manifolds
 import memory_plan
 import prime_cli
+from ballots import RuleError
 from ghost_core import grids_of
 from ghost_grid import GhostError
 from night_shift import LayerPeel, NightShiftError, PeelError
@@ -52,7 +53,6 @@ from text_records import DataError
 from training_data import DataSettings, TrainingData, open_data
 from training_recipe import TrainError
 from training_session import RunSettings, Session
-from vote_rules import RuleError
 from vote_trainer import VoteTrainer
 
 log = logging.getLogger("train")

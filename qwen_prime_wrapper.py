@@ -37,9 +37,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import manifolds
 import packed_attention
-from ghost_core import Ballot, GhostEmbedding, GhostLinearTandem, ghost_cross_entropy, grids_of, name_grids
+from ballots import Ballot
+from ghost_core import GhostEmbedding, GhostLinearTandem, ghost_cross_entropy, grids_of, name_grids
 from ghost_grid import GhostGrid
 from manifolds import Manifold
+from momentum_rules import MomentumRule
 from packed_checkpoint import open_checkpoint
 from prime_checkpoint import CheckpointError, one_line
 from prime_pack import is_pack
@@ -123,7 +125,7 @@ def build_model(hf_config: dict[str, Any], manifold: Manifold, where: str = "con
         raise ModelError(
             f"{where}: no model can be built from this config: {type(error).__name__}: {one_line(error)}"
         ) from error
-    name_grids(model, Ballot())
+    name_grids(model, Ballot(MomentumRule()))
     return model.eval()
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from ballots import VoteRule
 from prime_device import has_native_bfloat16
-from vote_rules import VoteRule, rule_named
+from vote_rules import rule_named
 
 log = logging.getLogger("train")
 
@@ -42,7 +43,7 @@ class Recipe:
     warmup: int = 10
     """Steps over which the learning rate rises."""
     vote_rule: Literal["momentum", "compact", "supermajority", "stochastic"] = "momentum"
-    """The vote rule; see vote_rules.py. "compact" needs 2 bytes a weight in all, "momentum" 3, the others 4."""
+    """The vote rule; see momentum_rules.py. "compact" needs 2 bytes a weight in all, "momentum" 3, the others 4."""
     vote_buffer: Literal["int8", "int16"] | None = None
     """Type of the vote buffer; by default the rule's own: int8 for momentum, int16 for the rules of whisper votes."""
     beta: float | None = None

@@ -29,6 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 import ghost_kernels as kernels
+from ballots import Ballot
 from ghost_core import Movement, apply_votes, grids_of, name_grids
 from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss
 from night_shift import LayerGroup, LayerPeel, NightShiftSupervisor, Shape, layer_groups
@@ -37,7 +38,6 @@ from packed_batches import Batch, PackedBatches
 from prime_device import is_out_of_memory, trim_memory
 from qwen_prime_wrapper import answer_loss, copy_tensors, model_tensors
 from training_recipe import Recipe, TrainError, check_course, course, default_rate, learning_rate
-from vote_rules import Ballot
 
 log = logging.getLogger("train")
 

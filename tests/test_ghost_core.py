@@ -20,16 +20,18 @@ import ghost_core as core
 import ghost_grid
 import ghost_kernels as kernels
 import manifolds
-import vote_rules
+import momentum_rules
 import vote_units
+from ballots import RuleError, VoteRule, tensor_id
 from ghost_core import Ballot, GhostEmbedding, GhostLinearTandem, ghost_cross_entropy
 from ghost_grid import GhostError, GhostGrid
 from manifolds import INDEX_MAX, Manifold
-from vote_rules import RULES, CompactRule, MomentumRule, RuleError, VoteRule, rule_named, tensor_id
+from momentum_rules import CompactRule, MomentumRule
+from vote_rules import RULES, rule_named
 
 MANIFOLD = manifolds.build("prime-harmonic")
 COMPACT = manifolds.build("compact")
-PLAIN = MomentumRule(buffer="int16", beta=0.0, beta2=0.5)
+PLAIN = MomentumRule(buffer="int16", beta=0.0, beta2=0.5, reach=1e9)
 """Without memory, and with the finest votes."""
 UNIT = vote_units.UNITS[16]
 
@@ -388,7 +390,7 @@ def move(grid: GhostGrid, rate: float) -> None:
 @pytest.fixture
 def columns_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns are not measured, so that the statistics of rows are those of the gradients themselves."""
-    monkeypatch.setattr(vote_rules, "column_shares", torch.ones_like)
+    monkeypatch.setattr(momentum_rules, "column_shares", torch.ones_like)
 
 
 def test_a_second_import_moves_in_the_new_scale() -> None:
@@ -426,7 +428,7 @@ def test_an_import_writes_no_word_without_a_meaning(table: Manifold) -> None:
 
 
 def test_a_tied_grid_is_listed_once_and_has_one_buffer() -> None:
-    ballot = Ballot()
+    ballot = Ballot(MomentumRule())
     model = Tiny(ballot)
     model.head = GhostLinearTandem(model.embed.grid)
     grids = core.grids_of(model)
@@ -642,7 +644,7 @@ def test_apply_skips_locked_grids() -> None:
 def test_gradient_checkpointing_changes_no_vote(mode: str, slices: int | None) -> None:
     states = []
     for recompute in (False, True, None):
-        ballot = Ballot(seed=3)
+        ballot = Ballot(MomentumRule(), seed=3)
         model = Tiny(ballot)
         grids = model.unlock()
         ids, targets = randint(37, (4, 9), 50), randint(37, (4, 9), 51)
@@ -974,7 +976,7 @@ def test_a_gradient_that_is_non_finite_in_a_late_slice_leaves_no_trace_after_ret
 
 
 def test_measuring_takes_mean_squares_and_casts_nothing() -> None:
-    ballot = Ballot()
+    ballot = Ballot(MomentumRule())
     layer = GhostLinearTandem(new_grid(6, 9, 90, ballot))
     layer.grid.unlock()
     x, upstream = randn(4, 9, seed=91), randn(4, 6, seed=92) * torch.tensor([1, 10, 0.01, 0, 1e3, 1.0])
@@ -1008,7 +1010,7 @@ def test_measuring_takes_mean_squares_and_casts_nothing() -> None:
 
 
 def test_a_grid_without_gradient_stays_unmeasured_and_votes_later() -> None:
-    ballot = Ballot()
+    ballot = Ballot(MomentumRule())
     layer = GhostLinearTandem(new_grid(6, 9, 93, ballot))
     layer.grid.unlock()
     x = randn(4, 9, seed=94)
@@ -1113,7 +1115,7 @@ def test_agreement_tells_noise_from_one_opinion(count: int, same: bool) -> None:
 
 def test_a_sudden_spike_does_not_silence_a_wide_row() -> None:
     """One micro-batch a step, 4,096 columns, a gradient a million times the measured one: the next steps still vote."""
-    ballot = Ballot()
+    ballot = Ballot(MomentumRule())
     layer = GhostLinearTandem(new_grid(1, 4096, 97, ballot))
     layer.grid.unlock()
     x = randn(2, 4096, seed=98)
@@ -1145,7 +1147,7 @@ def test_a_vote_of_one_row_rms_moves_a_weight_by_the_rate() -> None:
 
 def train_regression(scramble: bool) -> tuple[float, float]:
     """Loss before and after 60 steps on a teacher's answers; scrambled: the gradient's signs are shuffled."""
-    ballot = Ballot(seed=1)
+    ballot = Ballot(MomentumRule(), seed=1)
     layer = GhostLinearTandem(new_grid(8, 24, 100, ballot, name="g"))
     layer.grid.unlock()
     teacher = dense(layer.grid).float() + randn(8, 24, seed=101) * 0.2
@@ -1175,7 +1177,7 @@ def test_votes_solve_a_regression_and_shuffled_signs_do_not() -> None:
 
 def train_tiny(random_labels: bool, backend: str | None = None) -> tuple[float, float, dict[str, int]]:
     """Loss on the task (token t is followed by 3 t + 1) before and after 40 steps; and flips of each grid."""
-    ballot = Ballot(seed=2, backend=backend)
+    ballot = Ballot(MomentumRule(), seed=2, backend=backend)
     model = Tiny(ballot)
     grids = model.unlock()
     before = {name: grid.indices.clone() for name, grid in grids.items()}
@@ -1434,7 +1436,7 @@ def test_the_share_that_survives_in_the_kernels_units(
 
 
 def test_the_ballot_refuses() -> None:
-    ballot = Ballot()
+    ballot = Ballot(MomentumRule())
     with pytest.raises(ValueError, match="'closed'"):
         ballot.open("closed", 0, 0, 1)
     for micro_batch, micro_batches in ((1, 1), (-1, 2), (0, 0)):

@@ -13,16 +13,17 @@ import torch
 
 import ghost_kernels
 import manifolds
+from ballots import Ballot
 from bench_models import Endless, config_of, gaussian_model, ghost_model
 from ghost_core import grids_of, name_grids
 from ghost_grid import GhostGrid
 from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss, room_for_documents
+from momentum_rules import MomentumRule
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from night_watch import NightWatch, StepResult
 from packed_batches import Batch
 from qwen_prime_wrapper import answer_loss, model_tensors
 from training_recipe import Recipe
-from vote_rules import Ballot, MomentumRule
 from vote_trainer import VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +94,7 @@ def test_a_micro_batch_of_a_few_tokens_has_room_for_one_document() -> None:
 
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
-    model, ballot = ghost_model("toy", manifolds.build()), Ballot()
+    model, ballot = ghost_model("toy", manifolds.build()), Ballot(MomentumRule())
     assert not MicroBatchGraph.serves(model, ballot, torch.device("cpu"))
 
 

@@ -17,13 +17,13 @@ from tiny_models import import_source, tiny_config, write_source
 import ghost_grid
 from answer_masks import EncodedSet, encode_records
 from ghost_grid import GhostGrid
+from momentum_rules import MomentumRule
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from night_watch import NightWatch, StepResult, vote_pressure
 from packed_batches import Batch, PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from training_recipe import Recipe, TrainError
-from vote_rules import MomentumRule
 from vote_trainer import StepPaused, VotesLost, VoteTrainer
 
 RECIPE = Recipe(steps=12, grad_accum=3, lr=4e-3, warmup=1, gradient_checkpointing=False, device="cpu")

@@ -22,15 +22,17 @@ import ghost_core as core
 import ghost_kernels as kernels
 import manifolds
 import vote_units
+from ballots import Ballot, VoteRule, tensor_id
 from ghost_core import GhostEmbedding, GhostLinearTandem, ghost_cross_entropy
 from ghost_grid import GhostError, GhostGrid
+from momentum_rules import CompactRule, MomentumRule
 from night_watch import StepResult
 from packed_batches import Batch
 from prime_checkpoint import load_checkpoint, walk_tensors
 from qwen_prime_wrapper import copy_tensors, model_from_checkpoint, model_tensors
 from training_recipe import Recipe, TrainError
-from vote_rules import Ballot, CompactRule, MomentumRule, StochasticRule, SupermajorityRule, VoteRule, tensor_id
 from vote_trainer import VoteTrainer
+from whisper_rules import StochasticRule, SupermajorityRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,8 +20,10 @@ import torch
 
 import manifolds
 import prime_checkpoint
+from ballots import VoteRule
 from ghost_core import Ballot
 from ghost_grid import GhostGrid
+from momentum_rules import MomentumRule
 from prime_checkpoint import (
     CheckpointError,
     changed_tensors,
@@ -33,7 +35,7 @@ from prime_checkpoint import (
     save_checkpoint,
     tensor_sha256,
 )
-from vote_rules import RULES, MomentumRule, VoteRule, rule_named
+from vote_rules import RULES, rule_named
 
 MANIFOLD = manifolds.build("prime-harmonic")
 

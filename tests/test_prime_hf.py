@@ -18,12 +18,12 @@ from tiny_models import import_source, rewrite_json, tiny_config, write_source
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_prime
+from ballots import Ballot, RuleError
 from dense_weights import open_dense
 from ghost_core import apply_votes, grids_of, name_grids
 from prime_checkpoint import load_checkpoint
 from prime_hf import PrimeConfig, PrimeVoteOptimizer, export_prime_hf
 from qwen_prime_wrapper import load_model, load_tokenizer
-from vote_rules import Ballot, RuleError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(3, 43)[None]

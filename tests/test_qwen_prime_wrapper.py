@@ -28,11 +28,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import manifolds
 import qwen_prime_wrapper as wrapper
+from ballots import Ballot
 from ghost_core import GhostEmbedding, GhostLinearTandem, grids_of, name_grids
 from ghost_grid import GhostGrid
 from prime_checkpoint import CheckpointError, load_checkpoint
 from qwen_prime_wrapper import ModelError
-from vote_rules import RULES, Ballot, rule_named
+from vote_rules import RULES, rule_named
 
 PARAMETERS = {
     "Qwen2.5-Coder-1.5B-Instruct": 1_543_714_304,

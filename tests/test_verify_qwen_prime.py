@@ -19,8 +19,10 @@ from tiny_models import clone_tree, import_source, plant, rewrite_json, stories,
 import manifolds
 import prime_cli
 import verify_qwen_prime as verifier
+from ballots import Ballot, VoteRule
 from ghost_core import grids_of
 from ghost_grid import GhostGrid
+from momentum_rules import CompactRule, MomentumRule
 from prime_checkpoint import (
     CheckpointError,
     _seal,
@@ -32,7 +34,7 @@ from prime_checkpoint import (
 )
 from qwen_prime_wrapper import ModelError, model_from_checkpoint
 from verify_qwen_prime import VerifyConfig
-from vote_rules import RULES, Ballot, CompactRule, MomentumRule, VoteRule, rule_named
+from vote_rules import RULES, rule_named
 
 Outcome = tuple[int, dict[str, Any]]
 Checkpoint = dict[str, Any]

@@ -13,11 +13,11 @@ import torch
 from test_night_watch import PEEL, Make, checkpoints, make, texts  # noqa: F401  fixtures
 
 from ghost_grid import GhostGrid
+from momentum_rules import MomentumRule
 from night_shift import LayerPeel, Verdict
 from qwen_prime_wrapper import answer_loss
 from vote_evidence import Hearing
 from vote_guard import Evidence, VoteGuard
-from vote_rules import MomentumRule
 from vote_trainer import VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

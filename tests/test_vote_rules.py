@@ -15,20 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ghost_core as core
 import ghost_kernels as kernels
 import manifolds
+import momentum_rules
 import vote_rules
 import vote_units
+from ballots import Ballot, RuleError, VoteRule
 from ghost_core import GhostLinearTandem
 from ghost_grid import GhostError, GhostGrid
-from vote_rules import (
-    Ballot,
-    CompactRule,
-    MomentumRule,
-    RuleError,
-    StochasticRule,
-    SupermajorityRule,
-    VoteRule,
-    rule_named,
-)
+from momentum_rules import CompactRule, MomentumRule
+from vote_rules import rule_named
+from whisper_rules import StochasticRule, SupermajorityRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,7 +168,7 @@ def test_momentum_follows_its_equation(
     value, votes = value_of(grid)[:, :columns], np.zeros((rows, columns))
     shares, next_shares = np.ones(columns), np.array([1.0, 2.0, 0.5, 1.0])
     patched = torch.from_numpy(np.tile(next_shares, COPIES)).float()
-    monkeypatch.setattr(vote_rules, "column_shares", lambda c2: patched)
+    monkeypatch.setattr(momentum_rules, "column_shares", lambda c2: patched)
     for step in range(4):
         loudness[3] = 0.2 * step
         noise = rng.standard_normal((micro_batches, uses, rows, columns))
@@ -188,7 +183,7 @@ def test_momentum_follows_its_equation(
         grid.apply_votes(rate, shrink)
         means = (state["r2"].double().numpy(), state["g2"].double().numpy())
         new_size, gain, new_rho = sizes_of(rule, *means, step + 2, micro_batches)
-        fresh = np.minimum(rho * size / (new_rho * new_size), vote_rules.FRESHNESS_MAX)
+        fresh = np.minimum(rho * size / (new_rho * new_size), momentum_rules.FRESHNESS_MAX)
         value = (1 - shrink / 2**32) * value + rate * gain * fresh * votes / unit
         votes = rule.beta * votes
         assert_mean(grid.votes.double().numpy(), votes, 1.0)
@@ -212,7 +207,7 @@ def test_columns_are_measured_by_the_votes_that_move_them(name: str, rows: int) 
     grid = new_grid(rule, (rows, 24))
     loudness = 2.0 ** np.linspace(-6, 6, 24)
     c2 = np.zeros(24)
-    every = rows // vote_rules.COLUMN_ROWS or 1
+    every = rows // momentum_rules.COLUMN_ROWS or 1
     for step in range(12):
         gradients = rng.standard_normal((2, rows, 24)) * loudness * 1e-3
         if step == 0:
@@ -240,14 +235,14 @@ def test_columns_are_measured_by_the_votes_that_move_them(name: str, rows: int) 
 
 def test_shares_without_votes_and_of_single_columns() -> None:
     ones = torch.ones(5)
-    assert torch.equal(vote_rules.column_shares(torch.zeros(5)), ones)
-    assert torch.equal(vote_rules.column_shares(torch.full((5,), 1e30)), ones)
-    assert torch.equal(vote_rules.column_shares(torch.full((5,), 1e-38)), ones)
-    lonely = vote_rules.column_shares(torch.tensor([0.0, 0.0, 0.0, 1e20]))
+    assert torch.equal(momentum_rules.column_shares(torch.zeros(5)), ones)
+    assert torch.equal(momentum_rules.column_shares(torch.full((5,), 1e30)), ones)
+    assert torch.equal(momentum_rules.column_shares(torch.full((5,), 1e-38)), ones)
+    lonely = momentum_rules.column_shares(torch.tensor([0.0, 0.0, 0.0, 1e20]))
     assert lonely.tolist() == [16.0, 16.0, 16.0, 0.5]
     # Half way between two powers of two, by the logarithm.
-    assert vote_rules.column_shares(torch.tensor([1.0, 3.0])).tolist() == [1.0, 1.0]
-    assert vote_rules.column_shares(torch.tensor([1.0, 7.1])).tolist() == [2.0, 1.0]
+    assert momentum_rules.column_shares(torch.tensor([1.0, 3.0])).tolist() == [1.0, 1.0]
+    assert momentum_rules.column_shares(torch.tensor([1.0, 7.1])).tolist() == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("name", MOMENTUM)
@@ -362,7 +357,7 @@ def test_the_gain_of_a_row_is_limited(tilt: float) -> None:
     measure(grid, gradient)
     gain = rule.yardstick(grid)[1]
     assert int(gain.argmax()) == 17
-    assert 0.9 * vote_rules.GAIN_MAX * 65536 < int(gain[17]) <= vote_rules.GAIN_MAX * 65536
+    assert 0.9 * momentum_rules.GAIN_MAX * 65536 < int(gain[17]) <= momentum_rules.GAIN_MAX * 65536
 
 
 @pytest.mark.parametrize("tilt", [1.0, 1.9, 1.99])
@@ -380,7 +375,7 @@ def test_a_loud_row_of_tiny_weights_moves_against_its_gradient(tilt: float) -> N
     run_step(grid, 0, gradient[None], 1e-9)
     assert (grid.indices[17] < before[17]).all()
     # Scales below 2^-16 count as that: the row moves by the largest gain times 1e-9 · 2^16 of its own scale.
-    assert (value_of(grid)[17] <= 1e-6 - 0.8 * vote_rules.GAIN_MAX * 1e-9 * 2**16 * 1.25e-6).all()
+    assert (value_of(grid)[17] <= 1e-6 - 0.8 * momentum_rules.GAIN_MAX * 1e-9 * 2**16 * 1.25e-6).all()
 
 
 @pytest.mark.parametrize("name", MOMENTUM)

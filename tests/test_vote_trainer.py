@@ -14,13 +14,14 @@ import torch
 from tiny_models import import_source, tiny_config, write_source
 
 from answer_masks import EncodedSet, encode_records
+from ballots import RuleError
 from ghost_core import grids_of
 from packed_batches import Batch, PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from text_records import read_records
 from training_recipe import DEFAULT_RATE, Recipe, TrainError, default_rate, learning_rate
-from vote_rules import RULES, RuleError
+from vote_rules import RULES
 from vote_trainer import VoteTrainer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
