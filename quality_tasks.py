@@ -150,7 +150,7 @@ _ALPACA = replace(
     name="code-alpaca",
     records="code/new_codealpaca.json",
     held_out_one_in=30,
-    rates=_rates(5e-4, 1e-3, 2e-3, 4e-3),
+    rates=_rates(1e-3, 2e-3, 4e-3, 8e-3),
 )
 TASKS: dict[str, Task] = {
     task.name: task
@@ -167,7 +167,7 @@ TASKS: dict[str, Task] = {
             "corpora/tinystories_850.json",
             held_out_one_in=50,
             source_tokens=48_000,
-            rates=_rates(1e-3, 2e-3, 4e-3),
+            rates=_rates(4e-3, 8e-3, 1.6e-2),
         ),
         replace(_STDLIB, name="stdlib-low", rates=_rates(1e-5, 3e-5, 1e-4)),
     )
