@@ -82,12 +82,18 @@ def tensor_id(name: str) -> int:
 
 
 def state_of(grid: Grid) -> VoteState:
+    """The state of an unlocked grid.
+
+    Raises:
+        RuleError: the grid is locked.
+    """
     if grid.state is None:
         raise RuleError(f"{grid.name or 'the grid'} is locked: it has no votes")
     return grid.state
 
 
 def keys_of(grid: Grid, salt: int) -> tuple[int, int]:
+    """Two 32-bit keys of a grid's draws in the ballot's step; ``salt`` is one of ``CAST``, ``DRAW`` and ``FADE``."""
     return _hashed(grid.ballot.seed, grid.ballot.step, salt, grid.name)
 
 
@@ -98,6 +104,7 @@ def _hashed(seed: int, step: int, salt: int, name: str) -> tuple[int, int]:
 
 
 CAST, DRAW, FADE = 0, 1, 2
+"""What a step draws for: votes, places between two neighbours, what survives."""
 
 
 def cast_keys(grid: Grid) -> tuple[int, int]:

@@ -166,12 +166,12 @@ def test_offline_a_hub_id_ends_in_one_line(folder: Path, online: dict[str, Any])
 # -- what was written -------------------------------------------------------------------------------------------------
 
 
-def is_pickle(data: bytes) -> bool:
-    """Whether bytes are a pickle from their beginning to their end, or one that says so and something behind it."""
+def is_pickle(data: bytes, whole: bool = False) -> bool:
+    """Whether bytes begin with a pickle; with ``whole``, whether they are one from their beginning to their end, or
+    begin with one that says so."""
     try:
         places = [place for *_, place in pickletools.genops(data)]
-        # A tensor's bytes may happen to begin with two or three that are one: votes did.
-        return len(places) > 1 and (places[-1] + 1 == len(data) or data[:1] == b"\x80")
+        return len(places) > 1 and (not whole or places[-1] + 1 == len(data) or data[:1] == b"\x80")
     except Exception:
         # pickletools says of what is none whatever its parts happen to raise.
         return False
@@ -181,7 +181,12 @@ def pickles_in(path: Path) -> list[str]:
     """Names of what is pickled in a file: entries of an archive, or the file itself."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            return [n for n in archive.namelist() if n.endswith((".pkl", ".pickle")) or is_pickle(archive.read(n))]
+            # What torch reads as a tensor's bytes may happen to begin with two or three that are a pickle: votes did.
+            return [
+                n
+                for n in archive.namelist()
+                if n.endswith((".pkl", ".pickle")) or is_pickle(archive.read(n), whole="/data/" in n)
+            ]
     data = path.read_bytes()
     marks = any(b"\x80" + bytes([v]) in data[:2] for v in range(2, 6)) or b"ctorch._utils\n" in data
     return [path.name] if marks or is_pickle(data) else []
