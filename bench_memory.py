@@ -25,11 +25,12 @@ from vote_trainer import VoteTrainer
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """A geometry and how it is trained: batch 1, gradient checkpointing, on a CPU in float32."""
+    """A geometry and how it is trained: with gradient checkpointing, on a CPU in float32."""
 
     geometry: str
     vote_rule: str
     seq_len: int
+    rows: int = 1
     peel: str = "none"
     window: int | None = None
     limit_gb: float | None = None
@@ -40,10 +41,13 @@ MEMORY_SETTINGS = {
     "coder-512": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, limit_gb=6.0),
     "coder-512-compact": MemorySetting("Qwen2.5-Coder-1.5B", "compact", 512, limit_gb=4.6),
     "coder-1024": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 1024, limit_gb=6.6),
+    # The trainer's default, whose size nobody has set a limit to.
+    "coder-4x512": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, rows=4),
+    "coder-4x512-compact": MemorySetting("Qwen2.5-Coder-1.5B", "compact", 512, rows=4),
     "qwen3-512": MemorySetting("Qwen3-1.7B", "momentum", 512, limit_gb=6.8),
-    "coder-512-phase-1": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, "v7", limit_gb=4.2),
+    "coder-512-phase-1": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, peel="v7", limit_gb=4.2),
     # Eight layers open from the first step, the next eight below from the second.
-    "coder-512-window-8": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, "0:1:8", window=8),
+    "coder-512-window-8": MemorySetting("Qwen2.5-Coder-1.5B", "momentum", 512, peel="0:1:8", window=8),
     "hundred-million": MemorySetting("hundred-million", "momentum", 512),
     "toy": MemorySetting("toy", "momentum", 64),
 }
@@ -99,9 +103,10 @@ def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
         peel,
         AntigravitySentinel(),
         TrainingGovernor.for_rule(setting.vote_rule),
-        MemoryContingency(Shape(setting.seq_len, 1, 1)),
+        MemoryContingency(Shape(setting.seq_len, setting.rows, 1)),
     )
-    trainer = VoteTrainer(model, cast(Any, Endless(model.config.vocab_size, setting.seq_len)), recipe, watch)
+    data = Endless(model.config.vocab_size, setting.seq_len, setting.rows)
+    trainer = VoteTrainer(model, cast(Any, data), recipe, watch)
     trainer._probed = steps == 1
     trainer.supervisor.apply(0)
     seconds, losses, flips = [], [], 0
@@ -116,7 +121,12 @@ def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
     peak = memory_peak(device) - before
     open_layers = len(trainer.supervisor.now or ())
     settings = memory_plan.Settings(
-        vote_rule=setting.vote_rule, seq_len=setting.seq_len, peel=peel, compute=recipe.compute, cuda=not on_cpu
+        vote_rule=setting.vote_rule,
+        seq_len=setting.seq_len,
+        batch_size=setting.rows,
+        peel=peel,
+        compute=recipe.compute,
+        cuda=not on_cpu,
     )
     planned = memory_plan.total(memory_plan.budget(model, settings, open_layers))
     if not on_cpu:
@@ -124,7 +134,7 @@ def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
         planned -= memory_plan.CUDA_CONTEXT + memory_plan.CUDA_HELD
     return {
         "setting": name,
-        **{key: getattr(setting, key) for key in ("geometry", "vote_rule", "seq_len", "limit_gb")},
+        **{key: getattr(setting, key) for key in ("geometry", "vote_rule", "rows", "seq_len", "limit_gb")},
         "open_layers": open_layers,
         "parameters": count_parameters(model),
         "peak_gb": round(peak / 1e9, 3),
@@ -146,7 +156,8 @@ def bench_memory(config: MemoryBench) -> int:
     for name in names:
         arguments = ["memory", "--settings", name, "--steps", str(config.steps), "--device", config.device]
         results.append(in_own_process([*arguments, "--worker"]))
-    shown = ("setting", "vote_rule", "seq_len", "open_layers", "peak_gb", "limit_gb", "planned_gb", "peak_over_plan")
+    how = ("setting", "vote_rule", "rows", "seq_len", "open_layers")
+    shown = (*how, "peak_gb", "limit_gb", "planned_gb", "peak_over_plan")
     rows = [[*(line[c] for c in shown), ", ".join(map(str, line["seconds"]))] for line in results]
     print_table(machine(), (*shown, "seconds"), rows)
     write_json(config.json, {"machine": machine(), "results": results})

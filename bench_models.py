@@ -165,16 +165,19 @@ def dense_model(name: str) -> PreTrainedModel:
 
 
 class Endless:
-    """Micro-batches of one row of random tokens, every position an answer; what a trainer asks of its data."""
+    """Micro-batches of rows of random tokens, each row one document and every position an answer; what a trainer asks
+    of its data."""
 
-    def __init__(self, vocabulary: int, tokens: int) -> None:
+    def __init__(self, vocabulary: int, tokens: int, rows: int = 1) -> None:
         self.vocabulary, self.tokens = vocabulary, tokens
-        self.seq_len, self.batch_size, self.pad_id = tokens, 1, 0
+        self.seq_len, self.batch_size, self.pad_id = tokens, rows, 0
         self.generator = torch.Generator().manual_seed(0)
 
     def __next__(self) -> Batch:
-        ids = torch.randint(self.vocabulary, (1, self.tokens), generator=self.generator)
-        return Batch(ids, ids.clone(), torch.arange(self.tokens)[None], 1, self.tokens, self.tokens - 1)
+        rows = self.batch_size
+        ids = torch.randint(self.vocabulary, (rows, self.tokens), generator=self.generator)
+        places = torch.arange(self.tokens).expand(rows, -1).contiguous()
+        return Batch(ids, ids.clone(), places, rows, rows * self.tokens, rows * (self.tokens - 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: random tokens need not be dealt out twice."""

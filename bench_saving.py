@@ -21,7 +21,7 @@ from tqdm import tqdm
 import manifolds
 from bench_models import NAMES, config_of
 from bench_tools import in_own_process, machine, print_table, write_json
-from bench_training import METHODS, STEP, VoteStep, bare_model
+from bench_training import METHODS, STEP_ROWS, VoteStep, bare_model
 from prime_checkpoint import FORMAT, VERSION, created_by
 from prime_device import return_freed_memory
 from qwen_prime_wrapper import count_parameters, manifold_record
@@ -64,7 +64,7 @@ def measure_saving(config: SaveBench) -> dict[str, Any]:
     return_freed_memory()
     method = METHODS[config.vote_rule]
     model = bare_model(config.geometry, method)
-    trained = VoteStep(model, config.vote_rule, "float32", config.seq_len)
+    trained = VoteStep(model, config.vote_rule, "float32", config.seq_len, rows=1)
     step = trained.step(1)
     table = manifolds.build("compact" if config.vote_rule == "compact" else manifolds.DEFAULT)
     base = {
@@ -88,7 +88,7 @@ def measure_saving(config: SaveBench) -> dict[str, Any]:
         size = path.stat().st_size
     finally:
         shutil.rmtree(folder)
-    of_step = step.of_step(1, STEP)
+    of_step = step.of_step(1, STEP_ROWS)
     save = statistics.median(seconds)
     return {
         "geometry": config.geometry,
@@ -115,8 +115,8 @@ def bench_saving(config: SaveBench) -> int:
     shown = [name for name in found if name not in ("geometry", "parameters")]
     print_table(machine(), ("geometry", *shown), [[found["geometry"], *(found[name] for name in shown)]])
     print(
-        f"a save every {config.save_every} steps of {STEP} x {config.seq_len} tokens, float32; where a step is shorter "
-        "than in the last column, saving takes more than 5% of a run"
+        f"a save every {config.save_every} steps of {STEP_ROWS} x {config.seq_len} tokens, float32; where a step is "
+        "shorter than in the last column, saving takes more than 5% of a run"
     )
     write_json(config.json, {"machine": machine(), "results": [found]})
     return 0

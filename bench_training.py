@@ -56,8 +56,8 @@ from vote_rules import rule_named
 from vote_trainer import VoteTrainer
 
 BASELINE = "adamw"
-STEP = 32
-"""Micro-batches in the step that the targets speak of."""
+STEP_ROWS = 32
+"""Rows in the step that the targets speak of, in however many micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,11 @@ class TrainBench:
     methods: tuple[str, ...] = tuple(METHODS)
     """Which methods, by name; one whose package is not installed is listed as that."""
     seq_len: int = 512
-    """Tokens in a micro-batch of one row."""
-    micro_batches: int = STEP
-    """Micro-batches in a measured step."""
+    """Tokens in a row."""
+    rows: int = 1
+    """Rows in a micro-batch; what the trainer takes by default is four."""
+    micro_batches: int | None = None
+    """Micro-batches in a measured step; left out, as many as have 32 rows."""
     rounds: int = 3
     """Measured steps of each method; medians are reported."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -170,9 +172,22 @@ class TrainBench:
             chosen = getattr(self, name)
             if not chosen or (unknown := [x for x in chosen if x not in known]):
                 raise ValueError(f"{name} has {unknown[0] if chosen else 'none'}, expected of {', '.join(known)}")
-        for name, least in (("seq_len", 2), ("micro_batches", 1), ("rounds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name, least in (("seq_len", 2), ("rows", 1), ("micro_batches", 1), ("rounds", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+        if STEP_ROWS % self.rows:
+            raise ValueError(f"rows is {self.rows}, expected a divisor of {STEP_ROWS}, the rows of a step")
+
+    @property
+    def step_of(self) -> int:
+        """Micro-batches of the step that figures are given for."""
+        return STEP_ROWS // self.rows
+
+    @property
+    def ran(self) -> int:
+        """Micro-batches of a measured step."""
+        return self.micro_batches or self.step_of
 
     @property
     def compute(self) -> str:
@@ -217,13 +232,13 @@ class Trained(Protocol):
 class DenseStep:
     """Steps of a float optimizer. Owns the model and the optimizer."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, compute: str, seq_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method, compute: str, seq_len: int, rows: int) -> None:
         assert method.optimizer is not None
         if method.adapters:
             add_adapters(model, 0)
         self.model = model.train()
         self.compute = compute
-        self.batches = Endless(model.config.vocab_size, seq_len)
+        self.batches = Endless(model.config.vocab_size, seq_len, rows)
         model.activation_checkpointing_enable({"use_reentrant": False})
         self.optimizer = method.optimizer(model)
 
@@ -252,10 +267,10 @@ class VoteStep:
     the rows' new yardsticks.
     """
 
-    def __init__(self, model: PreTrainedModel, vote_rule: str, compute: str, seq_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, vote_rule: str, compute: str, seq_len: int, rows: int) -> None:
         self.model = model
         self.settings: dict[str, Any] = {"lr": 1e-4, "vote_rule": vote_rule, "compute": compute, "device": "cpu"}
-        self.batches: Any = Endless(model.config.vocab_size, seq_len)
+        self.batches: Any = Endless(model.config.vocab_size, seq_len, rows)
         self._trainers: dict[int, VoteTrainer] = {}
 
     def trainer(self, count: int) -> VoteTrainer:
@@ -310,11 +325,12 @@ def bare_model(name: str, method: Method) -> PreTrainedModel:
     return ghost_model(name, manifolds.build("compact" if compact else manifolds.DEFAULT))
 
 
-def make_trained(model: PreTrainedModel, method: Method, compute: str, seq_len: int) -> Trained:
+def make_trained(model: PreTrainedModel, method: Method, config: TrainBench) -> Trained:
     """A bare model with what trains it."""
+    batch = config.compute, config.seq_len, config.rows
     if method.vote_rule is None:
-        return DenseStep(model, method, compute, seq_len)
-    return VoteStep(model, method.vote_rule, compute, seq_len)
+        return DenseStep(model, method, *batch)
+    return VoteStep(model, method.vote_rule, *batch)
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
@@ -325,27 +341,27 @@ class Speed:
     """What the rounds of one method say."""
 
     parts: tuple[Parts, ...]
-    ran: int
-    tokens: int
+    config: TrainBench
 
     @cached_property
     def step(self) -> Times:
-        """Seconds of a step of ``STEP`` micro-batches, round by round."""
-        return Times(tuple(p.of_step(self.ran, STEP) for p in self.parts))
+        """Seconds of a step of ``STEP_ROWS`` rows, round by round."""
+        return Times(tuple(p.of_step(self.config.ran, self.config.step_of) for p in self.parts))
 
     @cached_property
     def processor_step(self) -> Times:
         """The same in seconds of the processor, which other programs on the machine do not take away."""
-        return Times(tuple(p.processor_of_step(self.ran, STEP) for p in self.parts))
+        return Times(tuple(p.processor_of_step(self.config.ran, self.config.step_of) for p in self.parts))
 
     def figures(self, baseline: Speed | None) -> dict[str, Any]:
-        """Tokens per second at ``STEP`` micro-batches, with the middle half of the rounds, against the baseline's."""
-        work = STEP * self.tokens
+        """Tokens per second of that step, with the middle half of the rounds, against the baseline's."""
+        ran, step_of = self.config.ran, self.config.step_of
+        work = STEP_ROWS * self.config.seq_len
         slow, fast = (work / s for s in reversed(self.step.spread))
         figures: dict[str, Any] = {
             "tokens_per_s": round(work / self.step.median, 1),
             "tokens_per_s_middle_half": [round(slow, 1), round(fast, 1)],
-            "micro_batch_seconds": round(statistics.median(p.micro_batches / self.ran for p in self.parts), 4),
+            "micro_batch_seconds": round(statistics.median(p.micro_batches / ran for p in self.parts), 4),
             "end_of_step_seconds": round(statistics.median(p.end for p in self.parts), 4),
             "speed_over_adamw": None if baseline is None else round(baseline.step.over(self.step), 3),
             "processor_speed_over_adamw": None
@@ -354,7 +370,7 @@ class Speed:
         }
         if any(p.casting for p in self.parts):
             for name, seconds in (
-                ("casting", [p.casting / self.ran * STEP for p in self.parts]),
+                ("casting", [p.casting / ran * step_of for p in self.parts]),
                 ("applying", [p.applying for p in self.parts]),
             ):
                 shares = (a / b for a, b in zip(seconds, self.step.seconds, strict=True))
@@ -364,9 +380,7 @@ class Speed:
 
 def measure_speed(name: str, methods: Sequence[str], config: TrainBench) -> dict[str, Speed]:
     """Steps of all methods, alternating in this process."""
-    trained = {
-        m: make_trained(bare_model(name, METHODS[m]), METHODS[m], config.compute, config.seq_len) for m in methods
-    }
+    trained = {m: make_trained(bare_model(name, METHODS[m]), METHODS[m], config) for m in methods}
     found: dict[str, list[Parts]] = {m: [] for m in methods}
     bar = tqdm(total=(config.rounds + 1) * len(methods), desc=name, unit="step", leave=False, disable=None)
     for one in trained.values():
@@ -374,10 +388,10 @@ def measure_speed(name: str, methods: Sequence[str], config: TrainBench) -> dict
         bar.update()
     for _ in range(config.rounds):
         for method, one in trained.items():
-            found[method].append(one.step(config.micro_batches))
+            found[method].append(one.step(config.ran))
             bar.update()
     bar.close()
-    return {m: Speed(tuple(parts), config.micro_batches, config.seq_len) for m, parts in found.items()}
+    return {m: Speed(tuple(parts), config) for m, parts in found.items()}
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -392,11 +406,11 @@ def measure_memory(name: str, method: str, config: TrainBench) -> dict[str, Any]
     model = bare_model(name, METHODS[method])
     bare = resident_bytes()
     reset_peak()
-    trained = make_trained(model, METHODS[method], config.compute, config.seq_len)
+    trained = make_trained(model, METHODS[method], config)
     # The second step meets what the first leaves behind, and its second micro-batch the gradients of its first; more of
     # either need no more.
     trained.step(1)
-    trained.step(min(2, config.micro_batches))
+    trained.step(min(2, config.ran))
     peak = peak_bytes()
     return {
         "bare_gb": round((bare - before) / 1e9, 3),
@@ -454,11 +468,11 @@ def bench_train(config: TrainBench) -> int:
     rows = [[_cell(line.get(c)) for c in COLUMNS] for line in results]
     print_table(where, list(COLUMNS.values()), rows)
     print(
-        f"batch 1 x {config.seq_len} tokens, {config.compute}, gradient checkpointing, {config.rounds} rounds of "
-        f"{config.micro_batches} micro-batches; tokens/s and shares are of a step of {STEP}"
+        f"batch {config.rows} x {config.seq_len} tokens, {config.compute}, gradient checkpointing, {config.rounds} "
+        f"rounds of {config.ran} micro-batches; tokens/s and shares are of a step of {config.step_of}"
     )
-    settings = {k: getattr(config, k) for k in ("seq_len", "micro_batches", "rounds", "compute")}
-    write_json(config.json, {"machine": where, **settings, "step_of": STEP, "results": results})
+    settings = {k: getattr(config, k) for k in ("seq_len", "rows", "rounds", "compute", "step_of")}
+    write_json(config.json, {"machine": where, **settings, "micro_batches": config.ran, "results": results})
     return 0
 
 
@@ -472,8 +486,8 @@ def _version(method: str) -> str:
 
 def _worker_arguments(name: str, method: str, config: TrainBench) -> list[str]:
     return [
-        *("train", "--worker", "--models", name, "--methods", method, "--micro-batches", str(config.micro_batches)),
-        *("--seq-len", str(config.seq_len), "--precision", config.compute),
+        *("train", "--worker", "--models", name, "--methods", method, "--micro-batches", str(config.ran)),
+        *("--seq-len", str(config.seq_len), "--rows", str(config.rows), "--precision", config.compute),
     ]
 
 
@@ -483,14 +497,14 @@ def _cell(value: Any) -> Any:
 
 def _profile(config: TrainBench, name: str, method: str) -> int:
     model = bare_model(name, METHODS[method])
-    trained = make_trained(model, METHODS[method], config.compute, config.seq_len)
+    trained = make_trained(model, METHODS[method], config)
     trained.step(1)
     folder = cast(Path, config.profile)
     title = (
-        f"{name}, {count_parameters(model):,} parameters, {method}, one step of {config.micro_batches} x "
-        f"{config.seq_len} tokens, {config.compute}"
+        f"{name}, {count_parameters(model):,} parameters, {method}, one step of {config.ran} x "
+        f"{config.rows} x {config.seq_len} tokens, {config.compute}"
     )
     where = machine()
-    print(profile_step(lambda: trained.step(config.micro_batches), folder, title, where))
+    print(profile_step(lambda: trained.step(config.ran), folder, title, where))
     write_json(config.json, {"machine": where, "folder": str(folder), "title": title})
     return 0

@@ -23,7 +23,9 @@ def test_a_step_moves_what_the_method_trains(name: str) -> None:
     if name == "adamw-8bit-torchao":
         pytest.skip("compiles for half a minute")
     model = training.bare_model("toy", method)
-    trained = training.make_trained(model, method, "float32", 32)
+    config = training.TrainBench(precision="float32", seq_len=32, rows=2)
+    trained = training.make_trained(model, method, config)
+    assert next(trained.batches).input_ids.shape == (2, 32)  # type: ignore[attr-defined]
     if method.vote_rule:
         before = {n: g.indices.clone() for n, g in grids_of(model).items()}
     else:
@@ -45,7 +47,8 @@ def test_a_step_moves_what_the_method_trains(name: str) -> None:
 
 
 def test_dense_methods_recompute_activations_too() -> None:
-    step = training.make_trained(dense_model("toy"), training.METHODS["adamw"], "float32", 32)
+    config = training.TrainBench(precision="float32", seq_len=32)
+    step = training.make_trained(dense_model("toy"), training.METHODS["adamw"], config)
     assert isinstance(step, training.DenseStep)
     layers = step.model.model.layers
     assert all(layer.gradient_checkpointing for layer in layers) and step.model.training
@@ -64,13 +67,17 @@ def test_low_rank_methods_project_the_inner_matrices_alone() -> None:
 def test_a_long_step_is_computed_from_a_short_one() -> None:
     parts = training.Parts(4.0, 1.0, processor_micro_batches=2.0, processor_end=0.5, casting=0.4, applying=0.5)
     assert parts.of_step(2, 32) == 65.0 and parts.processor_of_step(2, 32) == 32.5
-    speed = training.Speed((parts, replace(parts, end=2.0), parts), ran=2, tokens=100)
-    slower = training.Speed(tuple(replace(p, micro_batches=8.0) for p in speed.parts), ran=2, tokens=100)
+    config = training.TrainBench(micro_batches=2, seq_len=100)
+    speed = training.Speed((parts, replace(parts, end=2.0), parts), config)
+    slower = training.Speed(tuple(replace(p, micro_batches=8.0) for p in speed.parts), config)
     figures = speed.figures(slower)
     assert figures["tokens_per_s"] == round(32 * 100 / 65, 1)
     assert figures["speed_over_adamw"] == round(129 / 65, 3) and figures["processor_speed_over_adamw"] == 1.0
     assert figures["casting_share"] == round(0.2 * 32 / 65, 4)
     assert figures["applying_share"] == round(0.5 / 65, 4)
+    # Eight micro-batches of four rows are as many tokens.
+    wide = training.Speed((parts,), training.TrainBench(micro_batches=2, rows=4, seq_len=100)).figures(None)
+    assert wide["tokens_per_s"] == round(32 * 100 / 17, 1)
 
 
 def test_votes_train_the_dense_models_twin() -> None:
@@ -86,6 +93,6 @@ def test_votes_train_the_dense_models_twin() -> None:
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
-    for wrong in ({"models": ("gpt",)}, {"methods": ()}, {"rounds": 0}):
+    for wrong in ({"models": ("gpt",)}, {"methods": ()}, {"rounds": 0}, {"rows": 3}):
         with pytest.raises(ValueError, match="expected"):
             training.TrainBench(**wrong)  # type: ignore[arg-type]
