@@ -233,9 +233,19 @@ class GhostGrid(nn.Module):
         """Drop the votes and the row state: nothing is hoarded behind a lock."""
         self._looked_at.clear()
         if self.state is not None and self.state.votes is None:
-            for rows in self.slices():
-                self.indices[rows] = self.tables().levels(self.indices[rows]) << self.tables().vote_bits
+            self._empty_words()
         self.state = None
+
+    def _empty_words(self) -> None:
+        for rows in self.slices():
+            self.indices[rows] = self.tables().levels(self.indices[rows]) << self.tables().vote_bits
+
+    def forget_votes(self) -> None:
+        """Empty the votes that words hold: those of an earlier run. The grid must be locked."""
+        if self.state is not None:
+            raise GhostError(f"{self.name or 'the grid'} is unlocked: its votes belong to the present run")
+        if self.tables().vote_bits:
+            self._empty_words()
 
     @property
     def anchor(self) -> torch.Tensor | None:

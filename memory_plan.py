@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ballots import VoteRule
 from ghost_core import KEPT_LOGITS
 from ghost_grid import SLICE_ELEMENTS, GhostGrid
-from night_shift import LayerGroup, LayerPeel, layer_groups
+from night_shift import LayerGroup, LayerPeel, layer_groups, untied_embeddings
 from vote_rules import rule_named
 
 GB = 1_000_000_000
@@ -63,6 +63,11 @@ class Settings:
         parts = [f"--vote-rule {self.vote_rule}", f"--peel {self.peel}{window}", f"--seq-len {self.seq_len}"]
         return " ".join([*parts, f"--batch-size {self.batch_size} --grad-accum {self.grad_accum}"])
 
+    @property
+    def tokens(self) -> int:
+        """Positions in a step."""
+        return self.seq_len * self.batch_size * self.grad_accum
+
     def of_rows(self, batch_size: int) -> Settings:
         """The same tokens a step in micro-batches of so many rows."""
         count = math.ceil(self.grad_accum * self.batch_size / batch_size)
@@ -93,7 +98,11 @@ def budget(model: PreTrainedModel, settings: Settings, open_layers: int | None =
     *layers, top = layer_groups(model)
     count = most_open(settings.peel, len(layers)) if open_layers is None else open_layers
     opened = sorted(layers, key=_weights, reverse=True)[:count]
-    everything, voting = [*layers, top], [*opened, top]
+    # Whatever is open, at some time the lowest layer is; of less than a schedule opens it is not.
+    bottom = count > 0 and (open_layers is None or count == len(layers))
+    closed = [] if bottom else untied_embeddings(model)
+    heard = {name: grid for name, grid in top.grids.items() if not any(grid is other for other in closed)}
+    everything, voting = [*layers, top], [*opened, replace(top, grids=heard)]
     rule = settings.rule
     grids = [g for group in everything for g in group.grids.values()]
     floats = sum(p.numel() for group in everything for p in group.floats.values())
@@ -234,7 +243,10 @@ def alternatives(settings: Settings) -> list[Settings]:
     for length in shorter:
         for peel in dict.fromkeys((settings.peel, window)):
             for rule in (settings.vote_rule, other):
-                found.append(replace(narrow, seq_len=length, peel=peel, vote_rule=rule, vote_buffer=None))
+                count = math.ceil(settings.tokens / length)
+                found.append(
+                    replace(narrow, seq_len=length, grad_accum=count, peel=peel, vote_rule=rule, vote_buffer=None)
+                )
     return list(dict.fromkeys(found))
 
 

@@ -31,7 +31,7 @@ import re
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -171,6 +171,13 @@ class Change:
     floats_closed: tuple[nn.Parameter, ...] = ()
 
 
+def untied_embeddings(model: nn.Module) -> list[GhostGrid]:
+    """Grids of embeddings that are no head as well: the lowest part of the model, which opens with the lowest layer."""
+    heads = [m.grid for m in model.modules() if hasattr(m, "grid") and not isinstance(m, GhostEmbedding)]
+    lookups = [m.grid for m in model.modules() if isinstance(m, GhostEmbedding)]
+    return [grid for grid in lookups if not any(grid is head for head in heads)]
+
+
 class NightShiftSupervisor:
     """Opens and locks the layers of a model (mutated) by a schedule; its only state is the step."""
 
@@ -180,9 +187,7 @@ class NightShiftSupervisor:
         self.now: tuple[int, ...] | None = None
         """Layers that are open, or None before the first :meth:`apply`."""
         self._lookups = [m for m in model.modules() if isinstance(m, GhostEmbedding)]
-        heads = [m.grid for m in model.modules() if hasattr(m, "grid") and not isinstance(m, GhostEmbedding)]
-        # An embedding of its own is the lowest part of the model and opens with the lowest layer.
-        self._untied = [e.grid for e in self._lookups if not any(e.grid is grid for grid in heads)]
+        self._untied = untied_embeddings(model)
 
     def due(self, step: int) -> bool:
         """Whether the open layers change before this step."""
@@ -227,7 +232,7 @@ class NightShiftSupervisor:
 @dataclass(frozen=True)
 class Verdict:
     """What a step was: ``ok``, ``non_finite`` (some micro-batches left no trace), ``spike``, ``roll_back`` (return to a
-    checkpoint of step ``to`` or earlier) or ``end`` (with a reason)."""
+    checkpoint of step ``to`` or earlier, as far as there is one) or ``end`` (with a reason)."""
 
     kind: Literal["ok", "non_finite", "spike", "roll_back", "end"]
     reason: str = ""
@@ -242,9 +247,9 @@ class AntigravitySentinel:
     A step spikes when its loss is not finite or exceeds the median of the last ``memory`` good steps by ``nats`` and by
     ``deviations`` of their spread; it is an avalanche when its movement exceeds ``times`` their median and is more than
     ``harmless`` of the weights: where usual steps hardly move, as on data that are known by heart, the next ordinary
-    one is many times as large. ``patience`` spikes in a row or one avalanche roll back. Steps in which every
-    micro-batch was lost neither move nor spike. Returns are counted while they come within ``calm`` good steps of each
-    other.
+    one is many times as large. ``patience`` spikes in a row or one avalanche roll back, to before all that is under
+    suspicion: a loss is that of the weights which the step before has left. Steps in which every micro-batch was lost
+    neither move nor spike. Returns are counted while they come within ``calm`` good steps of each other.
     """
 
     memory: int = 32
@@ -277,6 +282,8 @@ class AntigravitySentinel:
     """Steps in a row that lost every micro-batch."""
     streak: int = 0
     """Spikes in a row."""
+    suspect: int = 0
+    """The step that left the weights which the first of them speaks of."""
 
     def __post_init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=self.memory)
@@ -300,8 +307,10 @@ class AntigravitySentinel:
             usual = statistics.median(self._moves)
             return self._return(step, f"weights moved {movement / usual:.1f} times as far as usual")
         if self._is_spike(loss):
+            if self.streak == 0:
+                self.suspect = step - 1
             self.streak += 1
-            usual = statistics.median(self._losses)
+            usual = statistics.median(self._losses) if self._losses else math.nan
             reason = f"loss {loss:.3f}, usual {usual:.3f}"
             if self.streak >= self.patience:
                 return self._return(step, f"{reason}, {self.streak} steps in a row")
@@ -332,17 +341,21 @@ class AntigravitySentinel:
         return usual > 0 and movement > self.times * usual
 
     def _return(self, step: int, reason: str) -> Verdict:
-        first = step - max(self.streak, 1)
+        to = (self.suspect if self.streak else step) - 1
         self.returns += 1
         self.heat *= self.cooling
         self.streak = self.since = 0
-        self._losses.clear()
-        self._moves.clear()
         if self.returns > self.returns_max:
-            return Verdict("end", f"{reason}; {self.returns_max} returns to a checkpoint did not help", first)
-        return Verdict("roll_back", reason, first)
+            return Verdict("end", f"{reason}; {self.returns_max} returns to a checkpoint did not help", to)
+        return Verdict("roll_back", reason, to)
 
-    _PLAIN = ("heat", "returns", "since", "skipped", "lost", "streak")
+    def recall(self, state: Mapping[str, Any]) -> None:
+        """Take what was usual from :meth:`state_dict` of the checkpoint that a run returns to: should its weights be
+        damaged, too, that shows."""
+        self._losses = deque(state["losses"], maxlen=self.memory)
+        self._moves = deque(state["moves"], maxlen=self.memory)
+
+    _PLAIN = ("heat", "returns", "since", "skipped", "lost", "streak", "suspect")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later verdicts depend on, plain types."""
@@ -355,10 +368,9 @@ class AntigravitySentinel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         for name in self._PLAIN:
-            # Checkpoints from before returns were forgotten have no count of steps since then.
-            setattr(self, name, state.get(name, 0) if name == "since" else state[name])
-        self._losses = deque(state["losses"], maxlen=self.memory)
-        self._moves = deque(state["moves"], maxlen=self.memory)
+            # Older checkpoints have no count of steps since a return, and suspect none.
+            setattr(self, name, state.get(name, 0) if name in ("since", "suspect") else state[name])
+        self.recall(state)
 
 
 # -- how fast ---------------------------------------------------------------------------------------------------------
@@ -421,11 +433,22 @@ class TrainingGovernor:
         return {name: heat for name, heat in self.heat.items() if heat < 1.0}
 
     def state_dict(self) -> dict[str, Any]:
-        """The heats, plain types."""
-        return {"heat": dict(self.heat)}
+        """The heats and what they come from, plain types."""
+        return {"heat": dict(self.heat), "measure": self.measure, "limit": self.limit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            NightShiftError: the run was begun with another limit.
+        """
+        # Checkpoints from before limits were kept have none.
+        began, limit = state.get("measure", self.measure), state.get("limit", self.limit)
+        if (began, limit) != (self.measure, self.limit):
+            raise NightShiftError(
+                f"cannot resume: the run was begun with a limit of {limit:g} {began}, this command says {self.limit:g} "
+                f"{self.measure}: add --governor-limit {limit:g}"
+            )
         self.heat = dict(state["heat"])
 
 
@@ -454,12 +477,12 @@ class MemoryContingency:
     """A ladder of shapes, each with less in memory at a time and at least as many tokens per step.
 
     Batches are halved first, which costs time, and votes some of their grain; then rows shorten to 3/4, 1/2, 3/8,
-    ... down to ``shortest`` (512, 384, 256), which cuts longer documents. Runs that begin with short rows may halve
-    them.
+    ... down to ``shortest``, which cuts longer documents: by default to 256 (512, 384, 256), and runs that begin with
+    short rows may halve them.
     """
 
     first: Shape
-    shortest: int = 256
+    shortest: int | None = None
     rung: int = 0
     """Where on the ladder the run is; 0 is the top."""
 
@@ -468,7 +491,7 @@ class MemoryContingency:
         whole, batch = self.first.seq_len, self.first.batch_size
         batches = [batch >> k for k in range(batch.bit_length())]
         lengths = [part for k in range(whole.bit_length()) for part in (whole * 3 >> k + 2, whole >> k + 1)]
-        least = max(2, min(self.shortest, whole // 2))
+        least = max(2, min(256, whole // 2) if self.shortest is None else self.shortest)
         sizes = [(whole, b) for b in batches] + [(s, 1) for s in lengths if s >= least]
         return [Shape(s, b, math.ceil(self.first.tokens / (s * b))) for s, b in sizes]
 
@@ -493,12 +516,18 @@ class MemoryContingency:
         """Restore :meth:`state_dict`.
 
         Raises:
-            NightShiftError: the run was begun with another shape.
+            NightShiftError: the run was begun with another shape, or has come to rows that are too short now.
         """
         first = Shape(*state["first"])
         if first != self.first:
             raise NightShiftError(
                 f"cannot resume: the run was begun with {first}, this is {self.first}: give the same --seq-len, "
                 "--batch-size and --grad-accum"
+            )
+        if state["rung"] >= len(self.ladder()):
+            reached = replace(self, shortest=2).ladder()[state["rung"]]
+            raise NightShiftError(
+                f"cannot resume: the run has come down to {reached}, --shortest-seq-len says {self.shortest}: give "
+                f"{reached.seq_len} or leave it out"
             )
         self.rung = state["rung"]

@@ -189,8 +189,9 @@ class NightWatch:
         """Restore :meth:`state_dict`; other keys are somebody else's.
 
         Raises:
-            TrainError: the state is of a run without a watch, or with another schedule, governor or none.
-            NightShiftError: the run was begun with another shape.
+            TrainError: the state is of a run without a watch, or with another schedule, or with a governor where this
+                one has none, or the reverse.
+            NightShiftError: the run was begun with another shape or governor's limit.
         """
         own = self.state_dict()
         if missing := own.keys() - state.keys():

@@ -77,9 +77,7 @@ class Spans:
 def shorten(encoded: EncodedSet, seq_len: int) -> Spans:
     """The same documents in at most ``seq_len`` tokens, by the rules of ``encode_records``: longer texts (every token
     but the first a target) are spread over several documents, longer conversations cut, or dropped where the cut leaves
-    no target. Where a piece begins its first token is no target.
-
-    Raises ``DataError`` when none is left.
+    no target. Where a piece begins its first token is no target. None may be left.
     """
     if seq_len < 2:
         raise DataError(f"seq_len is {seq_len}, expected at least 2: a target needs a token before it (--seq-len)")
@@ -96,8 +94,6 @@ def shorten(encoded: EncodedSet, seq_len: int) -> Spans:
             continue
         parts.append(np.stack([first, np.minimum(first + seq_len, stop), np.full_like(first, index)]))
     start, stop, origin = np.concatenate(parts, axis=1)
-    if not len(start):
-        raise DataError(f"none of {len(encoded)} documents has a target in {seq_len} tokens; give a larger --seq-len")
     order = np.argsort(start, kind="stable")
     return Spans(start[order], stop[order], origin[order])
 
@@ -110,10 +106,7 @@ def recut(encoded: EncodedSet, seq_len: int) -> EncodedSet:
         return replace(encoded, seq_len=seq_len)
     texts = [bool(encoded.answer[a + 1 : b].all()) for a, b in pairwise(encoded.starts.tolist())]
     longer = encoded.lengths > seq_len
-    try:
-        spans = shorten(encoded, seq_len)
-    except DataError:
-        spans = Spans(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+    spans = shorten(encoded, seq_len)
     ids = [encoded.input_ids[a:b] for a, b in zip(spans.start, spans.stop, strict=True)]
     answers = [encoded.answer[a:b].copy() for a, b in zip(spans.start, spans.stop, strict=True)]
     for answer in answers:
@@ -159,8 +152,8 @@ def pack_in_order(lengths: Sequence[int] | np.ndarray, seq_len: int) -> list[lis
 
 
 def fill_share(rows: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray, seq_len: int) -> float:
-    """Share of the rows' positions that hold a document's token rather than padding."""
-    return sum(int(lengths[i]) for row in rows for i in row) / (len(rows) * seq_len)
+    """Share of the rows' positions that hold a document's token rather than padding; 0 without rows."""
+    return sum(int(lengths[i]) for row in rows for i in row) / max(1, len(rows) * seq_len)
 
 
 def _checked_lengths(lengths: Sequence[int] | np.ndarray, seq_len: int) -> np.ndarray:
@@ -417,20 +410,26 @@ class PackedBatches:
         self.seq_len, self.batch_size = seq_len, batch_size
 
     def _enter(self, epoch: int, number: int) -> None:
-        """The first block with documents from there on."""
-        begun = epoch
+        """The first block from there on with documents that keep a target in rows of the present length."""
+        begun, met = epoch, 0
         while True:
             encoded = self.blocks.block(epoch, number)
             if encoded is None:
                 epoch, number = epoch + 1, 0
                 if epoch > begun + 1:
+                    if met:
+                        raise DataError(
+                            f"none of {met} documents has a target in {self.seq_len} tokens; give a larger --seq-len"
+                        )
                     raise DataError("got no documents in a whole epoch, expected at least one")
                 continue
             if len(encoded):
-                break
+                _check_sizes(encoded, self._whole[0], self.batch_size, self.pad_id)
+                spans, rows = self._plan(encoded, epoch, self.seq_len, ())
+                if rows:
+                    break
+                met += len(encoded)
             number += 1
-        _check_sizes(encoded, self._whole[0], self.batch_size, self.pad_id)
-        spans, rows = self._plan(encoded, epoch, self.seq_len, ())
         self._encoded, self._epoch, self._block = encoded, epoch, number
         self._spans, self._rows = spans, rows
 

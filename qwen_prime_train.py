@@ -203,7 +203,9 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
             )
         source, checkpoint = found
         state = checkpoint["train_state"]
-        if state.get("best") and state["best"]["step"] == state["step"] and "half_step" not in state:
+        best_here = bool(state.get("best")) and state["best"]["step"] == state["step"]
+        # After a return a step is saved a second time; older checkpoints do not say which of the two they are.
+        if state.get("is_best", best_here) and "half_step" not in state:
             folder.make_best(source)
     else:
         checkpoint = load_checkpoint(source)
@@ -237,6 +239,14 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
                 source.name,
             )
         best = checkpoint["train_state"].get("best")
+        if trainer.done >= config.steps:
+            raise TrainError(
+                f"nothing to do: the checkpoint is at step {trainer.done} of {config.steps}; raise --steps"
+            )
+    elif checkpoint["stage"] == "train":
+        # Where words hold votes, they are those of the run that it comes from.
+        for grid in trainer.grids.values():
+            grid.forget_votes()
     say_if_disk_is_small(trainer, config, checkpoint, folder)
     base = {key: value for key, value in checkpoint.items() if key not in ("model", "votes")}
     session = Session(trainer, config, base, data.held, tokenizer, best, folder, source)

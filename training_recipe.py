@@ -104,13 +104,14 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def course(recipe: Recipe) -> dict[str, Any]:
-    """What decides how far every step goes, as a checkpoint keeps it."""
-    names = ("steps", "lr", "schedule", "warmup", "weight_decay")
+    """What decides where every step goes, as a checkpoint keeps it."""
+    names = ("steps", "lr", "schedule", "warmup", "weight_decay", "compute")
     return {**{name: getattr(recipe, name) for name in names}, "beta": getattr(recipe.rule(), "beta", None)}
 
 
 def check_course(recipe: Recipe, begun: Mapping[str, Any]) -> None:
-    """A run goes on as it began; it may only become longer, which the log says.
+    """A run goes on as it began; it may only become longer, or go on where products are of another type: the log says
+    so.
 
     Args:
         begun: the run's :func:`course`; what it does not name is not compared.
@@ -121,6 +122,14 @@ def check_course(recipe: Recipe, begun: Mapping[str, Any]) -> None:
     for name, mine in course(recipe).items():
         was = begun.get(name, mine)
         if was == mine:
+            continue
+        if name == "compute":
+            # "auto" means one thing on one machine and another on the next.
+            log.warning(
+                "products are in %s now, the run began with %s: it does not end with the bits that it would have had "
+                "(--compute %s)",
+                *(mine, was, was),
+            )
             continue
         if name != "steps" or mine < was:
             raise TrainError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from answer_masks import EncodedSet
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor, Verdict
 from night_watch import NightWatch, StepResult
 from packed_batches import evaluation_batches
-from prime_checkpoint import CheckpointError, created_by, recorded_hash
+from prime_checkpoint import created_by, recorded_hash
 from prime_device import GIB, is_out_of_memory, memory_peak
 from prime_telemetry import RunLog
 from qwen_prime_wrapper import continue_texts, mean_answer_loss
@@ -63,10 +64,11 @@ class RunSettings(Recipe):
     unseconded_max: int = 1000
     """Steps over whose mean votes must agree with fresh gradients better than shuffled votes do, unless the held-out
     loss still falls; otherwise the run ends. 0: never."""
-    shortest_seq_len: int = 256
-    """Where memory runs out rows shorten, not below this."""
+    shortest_seq_len: int | None = None
+    """Where memory runs out rows shorten, not below this; by default 256, or half of --seq-len where that is less."""
     eval_every: int = 50
-    """Steps between held-out evaluations; 0 evaluates only before the first step and at the end."""
+    """Steps between held-out evaluations, and one at each save; 0 evaluates only before the first step and at the end.
+    """
     sample_every: int = 100
     """Steps between sample generations, and one at the end; 0 for none."""
     samples: int = 2
@@ -88,7 +90,7 @@ class RunSettings(Recipe):
         for name in ("eval_every", "sample_every", "unseconded_max"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
-        if self.shortest_seq_len < 2:
+        if self.shortest_seq_len is not None and self.shortest_seq_len < 2:
             raise ValueError(f"shortest-seq-len is {self.shortest_seq_len}, expected at least 2")
         LayerPeel.parse(self.peel, self.peel_window)
         if self.governor:
@@ -162,13 +164,16 @@ class Session:
         trainer.asked_to_stop = lambda: self.stop.signal is not None
         self.path: Path | None = None
         self.saved_at: int | None = None
-        self.losses_in_a_row = 0
+        self.returned = False
+        self.votes_lost = 0
+        self.lost_after = -1
 
     def evaluate(self) -> float | None:
         """Held-out loss, nats per answer token."""
         if self.held is None:
             return None
-        shape = (self.settings.seq_len, self.settings.batch_size, self.trainer.batches.pad_id)
+        # Rows stay as long as they were, or losses could not be compared; there may be room for fewer.
+        shape = (self.settings.seq_len, self.trainer.shape.batch_size, self.trainer.batches.pad_id)
         held = self.held
 
         def look() -> float:
@@ -232,10 +237,13 @@ class Session:
     def save(self, val_loss: float | None, *, assess: bool = True) -> None:
         """Write the whole training state; the lowest held-out loss so far becomes the best."""
         trainer = self.trainer
-        is_best = val_loss is not None and (self.best is None or val_loss < self.best["val_loss"])
+        is_best = (
+            val_loss is not None and math.isfinite(val_loss) and (self.best is None or val_loss < self.best["val_loss"])
+        )
         if is_best:
             self.best = {"step": trainer.done, "val_loss": val_loss}
         checkpoint = self._checkpoint()
+        checkpoint["train_state"]["is_best"] = is_best
         # While losses are spiking the last good checkpoint is still needed.
         self.path = self.folder.save(trainer.done, checkpoint, is_best=is_best, prune=self.watch.sentinel.streak == 0)
         self.saved_at = trainer.done
@@ -280,7 +288,8 @@ class Session:
             tokenizer=self.tokenizer,
             scores={**({"held_out.nll_per_token": val_loss} if val_loss is not None else {}), **scores},
             details=details,
-            settings={"dtype": self.settings.compute, "device": self.settings.device, **held},
+            # Nothing is looked at under the autocast of training.
+            settings={"dtype": "float32", "device": self.settings.device, **held},
         )
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         write_whole(self.path.parent / core_eval.report_name(self.path.stem), text.encode())
@@ -290,16 +299,15 @@ class Session:
         self.run.event("core_eval", step=self.trainer.done, size=size, scores=report["scores"])
 
     def return_to(self, verdict: Verdict) -> None:
-        """Roll back to the newest whole checkpoint of at most the verdict's step.
+        """Roll back to the newest whole checkpoint of at most the verdict's step; where none is so old, to the newest
+        there is: should it be damaged, the sentinel sees it again.
 
         Raises:
             TrainError: the verdict ends the run, or there is none; names the last good checkpoint.
         """
-        found = self.folder.newest(at_most=verdict.to)
+        found = self.folder.newest(at_most=verdict.to) or self.folder.newest(at_most=self.trainer.done)
         if found is None:
-            raise TrainError(
-                f"step {self.trainer.done}: {verdict.reason}; no whole checkpoint up to step {verdict.to} is left"
-            )
+            raise TrainError(f"step {self.trainer.done}: {verdict.reason}; no whole checkpoint is left")
         path, checkpoint = found
         if verdict.kind == "end":
             raise TrainError(
@@ -308,6 +316,8 @@ class Session:
             )
         came_from = self.trainer.done
         self.trainer.roll_back(checkpoint)
+        # The file has not the rate, the data and the shape with which the run goes on.
+        self.saved_at, self.returned = None, True
         log.warning(
             "step %d: %s; back to %s, learning rate x %g, on new data",
             *(came_from, verdict.reason, path.name, self.watch.sentinel.heat),
@@ -373,12 +383,13 @@ class Session:
         """Run until ``--steps`` or a signal; the path of the last checkpoint.
 
         Raises:
-            TrainError: the sentinel ended the run, memory cannot hold it, or there is nothing to do.
+            TrainError: the sentinel ended the run, or memory cannot hold it.
             CheckpointError, OSError: nothing can be written any more.
+            DataError: the data end, or have changed.
         """
         try:
             return self._go()
-        except (TrainError, CheckpointError, OSError) as error:
+        except Exception as error:
             # A full disk may have ended the run, and has no room for these lines either.
             with contextlib.suppress(OSError):
                 self._write_events(self.trainer.done)
@@ -389,22 +400,18 @@ class Session:
 
     def _go(self) -> Path:
         trainer, settings = self.trainer, self.settings
-        if trainer.done >= settings.steps:
-            raise TrainError(
-                f"nothing to do: the checkpoint is at step {trainer.done} of {settings.steps}; raise --steps"
-            )
         begun, half = trainer.done, trainer.half
         if begun == 0 and half is None:
             val_loss = self.evaluate()
             if val_loss is not None:
                 self.run.event("evaluation", step=0, val_loss=val_loss)
-            self.save(None)
+            self.save(val_loss)
         with tqdm(total=settings.steps, initial=begun, desc="train", unit="step", disable=None) as bar:
             while trainer.done < settings.steps and self.stop.signal is None:
                 self._step(bar)
         if self.stop.signal is not None:
             self.run.event("signal", step=trainer.done, signal=self.stop.signal)
-            if trainer.done == begun and self.path is None and trainer.half is half:
+            if trainer.done == begun and self.path is None and trainer.half is half and not self.returned:
                 log.info("%s: nothing to save, step %d was not left", self.stop.signal, trainer.done)
                 return self.started_from
             log.info("%s: %s; continue with --resume", self.stop.signal, self.save_where_it_stops())
@@ -421,18 +428,18 @@ class Session:
             self._write_events(trainer.done + 1)
             return
         except VotesLost as error:
-            self.losses_in_a_row += 1
-            if self.losses_in_a_row > 3:
-                raise TrainError(f"{error}; for the fourth time without a whole step between") from error
-            self.return_to(Verdict("roll_back", str(error), trainer.done))
+            self._write_events(trainer.done + 1)
+            self._lost(error)
             bar.n = trainer.done
             return
-        self.losses_in_a_row = 0
+        if trainer.done > self.lost_after:
+            self.votes_lost = 0
         seconds = result.earlier_seconds + time.perf_counter() - started
         done, verdict = trainer.done, result.verdict
         sound = verdict.kind not in ("roll_back", "end")
         last = sound and done == settings.steps
-        look = last or (settings.eval_every and done % settings.eval_every == 0)
+        save = last or (done % settings.save_every == 0 and sound and self.watch.sentinel.streak == 0)
+        look = last or (settings.eval_every and (save or done % settings.eval_every == 0))
         val_loss = self.evaluate() if look and sound else None
         self.record(result, seconds, val_loss)
         if not sound:
@@ -448,8 +455,18 @@ class Session:
             "mem": f"{memory:.1f}G",
         }
         bar.set_postfix(shown | ({"held-out": f"{val_loss:.4f}"} if val_loss is not None else {}))
-        if settings.sample_every and (done == settings.steps or done % settings.sample_every == 0):
+        leaving = self.stop.signal is not None
+        if settings.sample_every and (last or done % settings.sample_every == 0) and not leaving:
             self.sample()
-        spiking = self.watch.sentinel.streak > 0
-        if last or (done % settings.save_every == 0 and not spiking):
-            self.save(val_loss)
+        if save:
+            self.save(val_loss, assess=not leaving)
+
+    def _lost(self, error: VotesLost) -> None:
+        """Go on from a checkpoint, in a smaller shape: in the same one memory would run out again."""
+        self.votes_lost += 1
+        self.lost_after = max(self.lost_after, self.trainer.done)
+        if self.votes_lost > 3:
+            raise TrainError(f"{error}; for the fourth time before step {self.lost_after + 1} was over") from error
+        self.return_to(Verdict("roll_back", str(error), self.trainer.done))
+        self.trainer.shrink("votes were lost")
+        self._write_events(self.trainer.done)

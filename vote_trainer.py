@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 import ghost_kernels as kernels
-from ballots import Ballot
+from ballots import Ballot, RuleError
 from ghost_core import Movement, apply_votes, grids_of, name_grids
 from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss
 from night_shift import LayerGroup, LayerPeel, NightShiftSupervisor, Shape, layer_groups
@@ -249,14 +249,17 @@ class VoteTrainer:
         for grid in self.grids.values():
             grid.begin_step()
         half = self._go_on()
+        if half.ran:
+            # Nothing may be left to cast, which would say this.
+            self.ballot.open("cast", self.done, count - 1, count)
+            self.ballot.close()
         ran, total, learned, skipped = half.ran, half.nats, half.answer_tokens, half.skipped
         fits = True
         waiting = [g for g in self.grids.values() if g.waiting]
+        leave = False
         for k, batch in enumerate(micro_batches[ran:], ran):
-            if k and self.asked_to_stop():
-                self.batches.load_state_dict(cursors[0])
-                seconds = half.seconds + time.perf_counter() - begun
-                self._pause(HalfStep(ran, skipped, total, learned, seconds, self._float_gradients()))
+            if k and (leave := self.asked_to_stop()):
+                break
             outcome = self._measure(batch, weight) if k == 0 else 0.0
             if isinstance(outcome, float):
                 outcome = self._cast(batch, k, weight)
@@ -278,6 +281,11 @@ class VoteTrainer:
         if ran == 0:
             self._probe(events)
             return None
+        if fits and (leave or self.asked_to_stop()):
+            # Behind the last one, too: what follows a step may take long.
+            self.batches.load_state_dict(cursors[0])
+            seconds = half.seconds + time.perf_counter() - begun
+            self._pause(HalfStep(ran, skipped, total, learned, seconds, self._float_gradients()))
         moved: dict[str, Movement] = {}
         self.ballot.close()
         pressure: dict[str, float] = {}
@@ -525,6 +533,14 @@ class VoteTrainer:
                 return
             self._shrink(events, "probe")
 
+    def shrink(self, where: str) -> None:
+        """Make the step smaller, for somebody between two steps; the events say so.
+
+        Raises:
+            TrainError: no smaller shape is left.
+        """
+        self._shrink(self.events, where)
+
     def _shrink(self, events: list[tuple[str, dict[str, Any]]], where: str) -> None:
         assert self.watch is not None, "without a watch memory errors are raised"
         before, shape = self.shape, self.watch.contingency.lower()
@@ -534,7 +550,12 @@ class VoteTrainer:
                 "--vote-rule compact and --peel-window need less"
             )
         for grid in self.grids.values():
-            self.ballot.rule.check(grid.tables(), shape.grad_accum, grid.uses)
+            try:
+                self.ballot.rule.check(grid.tables(), shape.grad_accum, grid.uses)
+            except RuleError as error:
+                raise TrainError(
+                    f"{before} do not fit into memory ({where}), {shape} not into the rule: {error}"
+                ) from error
         self._forget_graph()
         self.batches.resize(shape.seq_len, shape.batch_size)
         events.append(("out_of_memory", {"where": where, "from": str(before), "to": str(shape)}))
@@ -584,17 +605,17 @@ class VoteTrainer:
         """Continue from a training checkpoint of the same run, whose tensors the model already has.
 
         Raises:
-            TrainError: another seed, vote rule, number of micro-batches, learning rate or course of it, peel schedule
+            TrainError, NightShiftError: another seed, vote rule, shape, learning rate or course of it, peel schedule
                 or governor than the run's.
         """
         state = checkpoint["train_state"]
-        if self.watch is not None:
-            # The shape that the run had come to is part of what follows.
-            self.watch.load_state_dict(state)
         own = self.state()
-        for name in ("seed", "vote_rule", "vote_buffer", "micro_batches"):
+        # With a watch the shape that the run had come to is part of what follows, and compared with its first.
+        for name in ("seed", "vote_rule", "vote_buffer", *(["micro_batches"] if self.watch is None else [])):
             if state[name] != own[name]:
                 raise TrainError(f"cannot resume: the checkpoint has {name} {state[name]}, this run {own[name]}")
+        if self.watch is not None:
+            self.watch.load_state_dict(state)
         # Checkpoints of before these were kept have none.
         check_course(self.recipe, state.get("recipe", {}))
         self.done, self.tokens = state["step"], state["tokens"]
@@ -632,6 +653,7 @@ class VoteTrainer:
         self.done, self.tokens = state["step"], state["tokens"]
         self.optimizer = self._new_optimizer()
         self.optimizer.load_state_dict(state["float_optimizer"])
+        self.watch.sentinel.recall(state["sentinel"])
         if self.watch.governor is not None:
             self.watch.governor.load_state_dict(state["governor"])
         self._restore_votes(checkpoint["votes"])

@@ -179,7 +179,7 @@ def test_one_spike_is_noted_and_three_in_a_row_return() -> None:
     assert judged(sentinel, [9.0, 9.0, 2.0, 9.0], 13) == ["spike", "spike", "ok", "spike"]
     sentinel.judge(17, 9.0, 1.0, 0.01, 0, 4)
     verdict = sentinel.judge(18, math.nan, 1.0, 0.01, 0, 4)
-    assert (verdict.kind, verdict.to) == ("roll_back", 15), "the last step before the three"
+    assert (verdict.kind, verdict.to) == ("roll_back", 14), "the first of the three speaks of what step 15 has left"
     assert sentinel.heat == 0.5 and sentinel.returns == 1 and sentinel.streak == 0
 
 
@@ -196,6 +196,9 @@ def test_an_avalanche_returns_at_once() -> None:
     judged(sentinel, USUAL)
     verdict = sentinel.judge(13, 2.0, 8.5, 0.01, 0, 4)
     assert (verdict.kind, verdict.to) == ("roll_back", 12) and "8.5 times" in verdict.reason
+    sentinel = AntigravitySentinel()
+    judged(sentinel, [*USUAL, 9.0, 9.0])
+    assert sentinel.judge(15, 9.0, 8.5, 0.01, 0, 4).to == 11, "before the spikes that came before it"
     sentinel = AntigravitySentinel()
     judged(sentinel, USUAL)
     sentinel.forget_movement()

@@ -246,8 +246,7 @@ def test_shorter_documents_follow_the_rules_of_encoding():
     assert spans.origin.tolist() == [0, 1, 1, 3], "a text is split, a conversation without a target left is dropped"
     assert spans.lengths.tolist() == [5, 5, 5, 3]
     assert (spans.start[1], spans.stop[1] - 1, spans.stop[2]) == (5, spans.start[2], 14)
-    with pytest.raises(DataError, match="no"):
-        data.shorten(dataclasses.replace(encoded, answer=np.zeros(29, dtype=bool)), 2)
+    assert not len(data.shorten(dataclasses.replace(encoded, answer=np.zeros(29, dtype=bool)), 2).start)
 
 
 def test_shorten_equals_encoding_at_that_length(tiny):

@@ -195,7 +195,7 @@ def finish(stage: Stage, run: Path, expected: dict[str, Any], sabotage: bool = F
     if code != (1 if step == STEPS else 0):
         raise Lost(f"the resumed run ended with {code}: {stage.said()[-300:]}")
     later = [e for e in read_lines(run / "events.jsonl") if e.get("event") == "start"][starts:]
-    if [e["step"] for e in later] != [max(step, 0)]:
+    if [e["step"] for e in later] != ([] if step == STEPS else [max(step, 0)]):
         raise Lost(f"went on from {[e['step'] for e in later]}, the newest whole checkpoint was of step {step}")
     got = outcome(run)
     if step == STEPS:
