@@ -90,7 +90,9 @@ def bench_quality(config: QualityBench) -> int:
     lines = [x for x in read_lines(config.results) if x["task"] in config.tasks and x["method"] in methods]
     rows = quality_summary.summary(lines, config.steps, config.baseline)
     print_table(
-        f"{config.results}: nats per token", quality_summary.COLUMNS, [quality_summary.cells(row) for row in rows]
+        f"{config.results}: nats per token, beside {config.baseline}",
+        quality_summary.COLUMNS,
+        [quality_summary.cells(row) for row in rows],
     )
     if config.markdown:
         config.markdown.write_text(quality_summary.markdown(rows), encoding="utf-8")

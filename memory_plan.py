@@ -263,7 +263,8 @@ def report(model: PreTrainedModel, settings: Settings, available: int) -> tuple[
         out.append(f"{'before the first unlock':<{width}}  {first / GB:7.3f} GB")
     fits = need <= available
     out.append("")
-    out.append(f"{'fits' if fits else 'does not fit'}: {need / GB:.2f} of {available / GB:.2f} GB")
+    word = "fits" if fits else "does not fit"
+    out.append(f"{word}: {need / GB:.2f} of {available / GB:.2f} GB ({available / 2**30:.4g} GiB)")
     out.append("")
     for other in alternatives(settings):
         size = total(budget(model, other))

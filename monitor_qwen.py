@@ -50,6 +50,8 @@ class MonitorConfig:
             raise ValueError(f"{len(self.runs)} runs given, the terminal shows one: add --web to compare them")
         if self.web and self.once:
             raise ValueError("--once prints a frame, --web serves a page: choose one")
+        if (self.allow_remote or self.token_file is not None) and not self.web:
+            raise ValueError("--allow-remote and --token-file are about the web page: add --web")
         for run in self.runs:
             if run.is_file():
                 raise ValueError(f"{run} is a file, expected a run's folder: {run.parent} perhaps")

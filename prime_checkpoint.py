@@ -273,6 +273,7 @@ def recorded_hash(path: Path | str) -> str:
         )
     try:
         with open(path, "rb") as file:
+            start = file.read(8)
             size = file.seek(0, os.SEEK_END)
             if size < _COMMENT_LENGTH + _END_RECORD:
                 raise CheckpointError(f"{path} has {size} bytes: empty or truncated; import or copy it again")
@@ -281,10 +282,16 @@ def recorded_hash(path: Path | str) -> str:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if found is None:
-        raise CheckpointError(
-            f"{path} does not end with the hash of a PRIME checkpoint: truncated, changed, or written by another "
-            "program; expected a file from qwen_prime_importer.py or qwen_prime_train.py (of a packed one: unpack it)"
-        )
+        if start.startswith(b"\x89PRIME"):
+            what = "is a packed file: qwen_prime_pack.py unpack makes a checkpoint of it"
+        elif start.startswith(b"GGUF"):
+            what = "is a GGUF file, which llama.cpp reads: give the checkpoint that it was exported from"
+        else:
+            what = (
+                "does not end with the hash of a PRIME checkpoint: truncated, changed, or written by another program; "
+                "expected a file from qwen_prime_importer.py or qwen_prime_train.py"
+            )
+        raise CheckpointError(f"{path} {what}")
     return found.group(1).decode()
 
 

@@ -118,9 +118,9 @@ class _Harmless(logging.Formatter):
 
 def _one_line(box: str) -> str:
     """tyro's boxed complaint as one line: borders, rules and the pointer to --help cut away."""
-    text = re.sub(r"For full helptext.*", "", box, flags=re.DOTALL)
-    text = re.sub(r"[\u2500-\u257f]+|-{4,}", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
-    text = " ".join(text.split())
+    text = re.sub(r"[\u2500-\u257f]+|-{4,}", " ", re.sub(r"\x1b\[[0-9;]*m", "", box))
+    # In a narrow box a line may break anywhere.
+    text = re.sub(r"For full helptext.*", "", " ".join(text.split())).rstrip()
     # The title of the box says again what its text says.
     text = re.sub(r"^Value error Error parsing \w+: ", "", text)
     text = re.sub(r"^(Unrecognized options) \1", r"\1", text)

@@ -163,8 +163,8 @@ COLUMNS = (
     "held-out loss (seeds)",
     "source loss (seeds)",
     "forgetting",
-    "loss / AdamW's",
-    "forgetting / AdamW's",
+    "loss / baseline's",
+    "forgetting / baseline's",
     "the same at equal loss",
 )
 

@@ -66,11 +66,13 @@ class MaterializeConfig:
     output: Path
     """Folder to write, new or empty."""
     split: str = "train"
-    """Which split of a dataset id."""
+    """Which split of a dataset id, or of rows of files that name one, to learn."""
+    eval_split: str = "eval"
+    """Which rows of files that name a split to hold out."""
     limit: int | None = None
     """Rows to read, from the front; all by default."""
     valid: float = 0.005
-    """Share of the documents that is held out, by the hash of their ids."""
+    """Share of the documents that is held out, by the hash of their ids, where rows name no split."""
     shard_tokens: int = 16_000_000
     """Tokens of a shard at most."""
     max_bad_share: float = 0.01
@@ -139,12 +141,23 @@ def main(config: ShowConfig | MaterializeConfig) -> int:
     rows: RowStream = (
         HubRows(source, config.split, shuffle=False) if isinstance(source, DatasetId) else FileRows(source)
     )
-    plan = ShardPlan(config.limit, config.valid, config.shard_tokens, config.max_bad_share, config.strict)
+    # Rows of a dataset are all of the split that was asked for; those of a file may say of which they are.
+    named = isinstance(rows, FileRows)
+    plan = ShardPlan(
+        limit=config.limit,
+        valid=config.valid,
+        split=config.split if named else None,
+        eval_split=config.eval_split if named else None,
+        shard_tokens=config.shard_tokens,
+        max_bad_share=config.max_bad_share,
+        strict=config.strict,
+    )
     manifest = materialize(rows, find_tokenizer(config.tokenizer), Path(config.tokenizer).name, plan, config.output)
     for name, shards in manifest.splits.items():
         tokens, documents = sum(s.tokens for s in shards), sum(s.documents for s in shards)
         print(f"{name:6} {documents:12,} documents {tokens:14,} tokens {len(shards):5} shards")
-    print(f"{manifest.rows['bad']:,} bad rows; {config.output / MANIFEST}")
+    others = f"{left:,} rows of other splits left out; " if (left := manifest.rows["other_splits"]) else ""
+    print(f"{manifest.rows['bad']:,} bad rows; {others}{config.output / MANIFEST}")
     return 0
 
 

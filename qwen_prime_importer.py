@@ -180,7 +180,7 @@ def check_output(output: Path, force: bool, bytes_needed: int) -> None:
     if output.exists() and not force:
         raise ImportProblem(f"{output} exists; add --force to replace it")
     if not output.parent.is_dir():
-        raise ImportProblem(f"no such folder: {output.parent}")
+        raise ImportProblem(f"no such folder: {output.parent}, where --output is to be written; make it first")
     free = shutil.disk_usage(output.parent).free
     if free < bytes_needed:
         raise ImportProblem(
@@ -232,6 +232,8 @@ def convert(source: Source, config: ImportConfig) -> tuple[dict[str, Any], dict[
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     check_tensors(source, wanted, tied)
     tokenizer = load_tokenizer(source.folder)
+    if tokenizer.chat_template is None:
+        log.warning("the tokenizer has no chat template: this model can learn texts, but no conversations")
     if len(tokenizer) > model.config.vocab_size:
         raise ImportProblem(
             f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary {model.config.vocab_size}"

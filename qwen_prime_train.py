@@ -174,6 +174,8 @@ def main(config: TrainConfig) -> int:
     if config.plan:
         return print_plan(config, load_checkpoint(config.checkpoint))
     assert config.output_dir is not None, "checked by the config"
+    if config.output_dir.is_file():
+        raise TrainError(f"--output-dir {config.output_dir} is a file, expected the folder of a run")
     check_device(config.device)
     make_deterministic(config.device)
     if not config.resume and not config.checkpoint.is_file():
@@ -181,13 +183,13 @@ def main(config: TrainConfig) -> int:
         load_checkpoint(config.checkpoint)
     folder = RunFolder(config.output_dir, run_name(config.checkpoint), config.keep_last)
     with folder.lock():
-        log.info("%s", train(config, folder))
+        log.info("the last checkpoint is %s", train(config, folder))
     return 0
 
 
 def train(config: TrainConfig, folder: RunFolder) -> Path:
     """The run in a folder that is locked: begin or go on, to the last step or a signal; path of the last checkpoint."""
-    existing = folder.saved()
+    existing = sorted(folder.saved() + folder.stopped())
     if existing and not config.resume:
         raise TrainError(
             f"{folder.folder} holds a run ({existing[-1][1].name}): add --resume, or choose another folder"
@@ -207,6 +209,12 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
         # After a return a step is saved a second time; older checkpoints do not say which of the two they are.
         if state.get("is_best", best_here) and "half_step" not in state:
             folder.make_best(source)
+        if state["vote_rule"] != config.vote_rule:
+            # Before the weights are moved to another manifold for it.
+            raise TrainError(
+                f"cannot resume: the run has vote_rule {state['vote_rule']}, this command says {config.vote_rule}: add "
+                f"--vote-rule {state['vote_rule']}, or begin a new run from the checkpoint"
+            )
     else:
         checkpoint = load_checkpoint(source)
         if "half_step" in checkpoint["train_state"]:

@@ -389,6 +389,8 @@ def locate_source(
     folder = Path(model)
     if folder.is_dir():
         return folder, None
+    if folder.is_file():
+        raise ModelError(f"{model} is a file, expected a Hugging Face model folder or a hub id")
     here = folder.suffix in (".pt", ".prime") or (folder.parent.is_dir() and str(folder.parent) != ".")
     if here or not _HUB_ID.fullmatch(model):
         # A mistyped path is nobody else's business.
@@ -411,6 +413,8 @@ def load_model(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """
     path = Path(path)
     if path.is_dir():
+        if (path / "stats.jsonl").is_file() and (checkpoints := sorted(path.glob("*_prime_*.pt"))):
+            raise ModelError(f"{path} is the folder of a run: give one of its checkpoints, such as {checkpoints[0]}")
         config_file = path / "config.json"
         if not config_file.is_file():
             raise ModelError(f"{path} has no config.json: expected a Hugging Face model folder or a PRIME .pt file")

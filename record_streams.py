@@ -18,16 +18,16 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from answer_masks import EncodedSet, encode_records, tokenizer_fingerprint
 from packed_batches import Blocks
-from text_records import DataError, RecordSet, Row, drawn, list_files, rows_of, sort_rows
+from text_records import BadRow, DataError, RecordSet, Row, drawn, list_files, rows_of, sort_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,7 +197,8 @@ class StreamBlocks:
 
     Args:
         limit: rows of an epoch, from its front; None for all.
-        hold_out: share of the records, by their keys, that is left out here (and scored instead).
+        split, eval_split: which rows to learn and to score, of those that name a split; None: names are not looked at.
+        hold_out: share of the records, by their keys, to score instead of learn in blocks whose rows name no split.
 
     Raises ``DataError`` as ``sort_rows``; bad rows are counted over the whole epoch.
     """
@@ -210,6 +211,8 @@ class StreamBlocks:
         seq_len: int,
         rows_per_block: int,
         limit: int | None = None,
+        split: str | None = None,
+        eval_split: str | None = None,
         hold_out: float = 0.0,
         strict: bool = False,
         max_bad_share: float = 0.01,
@@ -220,6 +223,8 @@ class StreamBlocks:
         self.seq_len = seq_len
         self.rows_per_block = rows_per_block
         self.limit = limit
+        self.split = split
+        self.eval_split = eval_split
         self.hold_out = hold_out
         self.strict = strict
         self.max_bad_share = max_bad_share
@@ -233,11 +238,37 @@ class StreamBlocks:
     def fingerprint(self) -> str:
         """What names the blocks; their content is known only when they are read."""
         options = (self.seq_len, self.rows_per_block, self.limit, self.hold_out, self.last_turn_only)
-        parts = [self.stream.fingerprint, tokenizer_fingerprint(self.tokenizer), options]
+        parts: list[Any] = [self.stream.fingerprint, tokenizer_fingerprint(self.tokenizer), options]
+        if self.split is not None:
+            parts += [self.split, self.eval_split]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def records(self, epoch: int, number: int) -> RecordSet | None:
-        """Records of a block, held-out ones included; None behind the last."""
+    def parts(self, epoch: int, number: int) -> tuple[RecordSet, RecordSet] | None:
+        """Records of a block to learn, and those to score; None behind the last."""
+        rows = self._rows(epoch, number)
+        if rows is None:
+            return None
+
+        def sort(split: str | None) -> RecordSet:
+            return sort_rows(
+                rows, strict=self.strict, max_bad_share=1.0, split=split, where=self.stream.name, may_be_empty=True
+            )
+
+        found = sort(self.split)
+        if found.split is None:
+            learned = found.where(lambda key: not drawn(key, self.hold_out))
+            # What was found beside records is told once.
+            scored = replace(found.where(lambda key: drawn(key, self.hold_out)), bad_rows=(), formats=())
+        elif self.eval_split is None:
+            learned, scored = found, found.where(lambda key: False)
+        else:
+            learned, scored = found, sort(self.eval_split)
+            more = tuple(row for row in scored.bad_rows if row not in found.bad_rows)
+            scored = replace(scored, bad_rows=more)
+        self._count(epoch, number, len(rows), learned.bad_rows + scored.bad_rows)
+        return learned, scored
+
+    def _rows(self, epoch: int, number: int) -> list[Row] | None:
         first = number * self.rows_per_block
         count = self.rows_per_block if self.limit is None else min(self.rows_per_block, self.limit - first)
         if count <= 0:
@@ -246,23 +277,19 @@ class StreamBlocks:
             self._reading = (epoch, number, self.stream.rows(epoch, first))
         rows = list(itertools.islice(self._reading[2], count))
         self._reading = (epoch, number + 1, self._reading[2])
-        if not rows:
-            return None
-        found = sort_rows(rows, strict=self.strict, max_bad_share=1.0, where=self.stream.name, may_be_empty=True)
-        self._count(epoch, number, len(rows), found)
-        return found
+        return rows or None
 
-    def _count(self, epoch: int, number: int, rows: int, found: RecordSet) -> None:
+    def _count(self, epoch: int, number: int, rows: int, bad_rows: Sequence[BadRow]) -> None:
         if epoch != self._epoch:
             self._epoch, self._counted = epoch, {}
-        self._counted[number] = rows, len(found.bad_rows)
+        self._counted[number] = rows, len(bad_rows)
         examined, bad = (sum(counts) for counts in zip(*self._counted.values(), strict=True))
-        if found.bad_rows:
-            log.warning("data: %d bad rows in block %d, first %s", len(found.bad_rows), number, found.bad_rows[0])
+        if bad_rows:
+            log.warning("data: %d bad rows in block %d, first %s", len(bad_rows), number, bad_rows[0])
         if bad > self.max_bad_share * max(examined, _FEW_ROWS):
             raise DataError(
                 f"{self.stream.name}: {bad} of {examined} rows are bad, expected at most {self.max_bad_share:.2%}; the "
-                f"last: {found.bad_rows[-1] if found.bad_rows else '?'}. Allow a larger share with --max-bad-share"
+                f"last: {bad_rows[-1] if bad_rows else '?'}. Allow a larger share with --max-bad-share"
             )
 
     def encode(self, records: RecordSet) -> EncodedSet:
@@ -278,8 +305,8 @@ class StreamBlocks:
 
     def block(self, epoch: int, number: int) -> EncodedSet | None:
         """Documents to learn of a block."""
-        found = self.records(epoch, number)
-        return None if found is None else self.encode(found.where(lambda key: not drawn(key, self.hold_out)))
+        found = self.parts(epoch, number)
+        return None if found is None else self.encode(found[0])
 
 
 class Prefetched:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from answer_masks import ENCODING, EncodedSet, tokenizer_fingerprint
 from packed_batches import order_of, recut
 from record_streams import RowStream, StreamBlocks
-from text_records import DataError, drawn
+from text_records import DataError
 from token_files import FORMAT, VERSION, read_tokens, write_tokens
 from whole_output import write_whole
 
@@ -147,7 +147,11 @@ class ShardPlan:
     limit: int | None = None
     """Rows to read at most; None for all."""
     valid: float = 0.005
-    """Share of the documents that is held out."""
+    """Share of the documents that is held out where rows name no split."""
+    split: str | None = None
+    """Which rows to learn of those that name a split; None: names are not looked at."""
+    eval_split: str | None = None
+    """Which of them to hold out."""
     shard_tokens: int = 16_000_000
     """Tokens of a shard at most, unless one document has more."""
     max_bad_share: float = 0.01
@@ -159,8 +163,9 @@ def materialize(
 ) -> Manifest:
     """Write a stream as token shards with a manifest into a new or empty folder.
 
-    Documents keep the stream's order; those whose key is drawn with probability ``plan.valid`` form the split
-    ``valid``. The manifest is written last: a folder without one is unfinished.
+    Documents keep the stream's order; those of ``plan.eval_split``, or where rows name no split those whose key is
+    drawn with probability ``plan.valid``, form the split ``valid``. The manifest is written last: a folder without one
+    is unfinished.
 
     Raises:
         DataError: rows or a tokenizer that cannot be used; a folder that is not empty.
@@ -173,21 +178,27 @@ def materialize(
         seq_len=2**31 - 1,  # no document is cut
         rows_per_block=_ROWS_AT_A_TIME,
         limit=plan.limit,
+        split=plan.split,
+        eval_split=plan.eval_split,
+        hold_out=plan.valid,
         strict=plan.strict,
         max_bad_share=plan.max_bad_share,
     )
     writers = {name: _ShardWriter(folder, name, plan.shard_tokens) for name in ("train", "valid")}
-    counts: dict[str, Any] = {"records": 0, "bad": 0, "formats": {}}
+    counts: dict[str, Any] = {"records": 0, "bad": 0, "other_splits": 0, "formats": {}}
     for number in itertools.count():
-        found = blocks.records(0, number)
-        if found is None:
+        parts = blocks.parts(0, number)
+        if parts is None:
             break
-        counts["records"] += len(found.records)
-        counts["bad"] += len(found.bad_rows)
-        for name, count in found.formats:
-            counts["formats"][name] = counts["formats"].get(name, 0) + count
-        writers["valid"].add(blocks.encode(found.where(lambda key: drawn(key, plan.valid))))
-        writers["train"].add(blocks.encode(found.where(lambda key: not drawn(key, plan.valid))))
+        for name, found in zip(("train", "valid"), parts, strict=True):
+            counts["records"] += len(found.records)
+            counts["bad"] += len(found.bad_rows)
+            for form, count in found.formats:
+                counts["formats"][form] = counts["formats"].get(form, 0) + count
+            writers[name].add(blocks.encode(found))
+        learned, scored = parts
+        if learned.split is not None:
+            counts["other_splits"] += learned.other_splits - (scored.split is not None) * len(scored.records)
     if not counts["records"]:
         raise DataError(f"{stream.name}: no usable record")
     manifest = Manifest(

@@ -35,6 +35,8 @@ STREAM_BYTES = 1 << 30
 """Local files of more bytes are read as a stream."""
 HELD_OUT_MOST = 512
 """Most records that are held out where the data names none."""
+FEW_HELD = 16
+"""Held-out documents that are called too few."""
 CACHE_ENTRIES = 16
 """Encoded data sets that are kept; the one used longest ago goes first."""
 
@@ -95,17 +97,26 @@ def open_data(
     if isinstance(source, Path) and (source / MANIFEST).is_file():
         found = _open_shards(source, tokenizer, seq_len, seed)
     elif isinstance(source, DatasetId):
-        found = _open_stream(
-            HubRows(source, settings.split, shuffle=True, seed=seed), tokenizer, seq_len, settings, eval_data is None
-        )
+        rows = HubRows(source, settings.split, shuffle=True, seed=seed)
+        found = _open_stream(rows, tokenizer, seq_len, settings, eval_data is None)
     elif (files := FileRows(source)).bytes > STREAM_BYTES:
-        found = _open_stream(files, tokenizer, seq_len, settings, eval_data is None)
+        # Rows of a dataset are all of the split that was asked for; those of a file may say of which they are.
+        splits = {"split": settings.split, "eval_split": settings.eval_split if eval_data is None else None}
+        found = _open_stream(files, tokenizer, seq_len, settings, eval_data is None, **splits)
     else:
         found = _open_files(files, source, tokenizer, seq_len, settings, eval_data is None)
     if eval_data is None:
-        return found
+        return found if settings.hold_out == 0 else _with_a_word_on_few(found)
     held, summary = _open_held(eval_data, tokenizer, seq_len, settings)
     return TrainingData(found.blocks, held, f"{found.summary}\n{summary}")
+
+
+def _with_a_word_on_few(found: TrainingData) -> TrainingData:
+    count = 0 if found.held is None else len(found.held)
+    if count >= FEW_HELD:
+        return found
+    said = f"held out: {count or 'no'} documents, too few to tell how a run goes: give --eval-data, or more --hold-out"
+    return replace(found, summary=f"{found.summary}\n{said}")
 
 
 def _marked(summary: str) -> str:
@@ -124,11 +135,11 @@ def _open_held(
     if isinstance(source, DatasetId):
         rows = HubRows(source, settings.eval_split, shuffle=False)
         limited = _blocks_of(rows, tokenizer, seq_len, settings, rows_per_block=HELD_OUT_MOST)
-        records = limited.records(0, 0)
-        if records is None or not records.records:
+        parts = limited.parts(0, 0)
+        if parts is None or not parts[0].records:
             raise DataError(f"{rows.name}: no usable record, expected some in --eval-data")
-        held = limited.encode(records)
-        return held, _marked(describe(records, held))
+        held = limited.encode(parts[0])
+        return held, _marked(describe(parts[0], held))
     records = read_records(
         source, strict=settings.strict, max_bad_share=settings.max_bad_share, split=settings.eval_split
     )
@@ -174,24 +185,28 @@ def _open_stream(
     seq_len: int,
     settings: DataSettings,
     hold_out: bool,
+    **splits: str | None,
 ) -> TrainingData:
     share = settings.hold_out if hold_out else 0.0
-    blocks = _blocks_of(
-        stream, tokenizer, seq_len, settings, rows_per_block=settings.block_rows, limit=settings.limit, hold_out=share
-    )
-    first = blocks.records(0, 0)
-    if first is None or not first.records:
+    size: dict[str, Any] = {"rows_per_block": settings.block_rows, "limit": settings.limit}
+    blocks = _blocks_of(stream, tokenizer, seq_len, settings, hold_out=share, **size, **splits)
+    parts = blocks.parts(0, 0)
+    if parts is None or not any(part.records for part in parts):
         raise DataError(f"{stream.name}: no usable record among its first {settings.block_rows} rows")
+    first, scored = parts
     where = f"data: {stream.name}, revision {stream.about['revision'] or 'unknown'}, licence "
     lines = [where + f"{stream.about['licence'] or 'unknown'}, streamed in blocks of {settings.block_rows:,} rows"]
-    lines.append(f"data: the first block has {len(first.records):,} records, format {first.format}")
+    lines.append(f"data: the first block has {len(first.records):,} records to learn, format {first.format}")
     held = None
-    if share:
-        scored = first.where(lambda key: drawn(key, share))
+    if scored.records:
         scored = scored.where(set(scored.keys[:HELD_OUT_MOST]).__contains__)
-        if scored.records:
-            held = blocks.encode(scored)
-            lines.append(f"held out: {len(scored.records):,} records of the first block")
+        held = blocks.encode(scored)
+        lines.append(f"held out: {len(scored.records):,} records of the first block")
+    elif hold_out and first.split is not None:
+        lines.append(
+            f"held out: nothing, the first {settings.block_rows:,} rows have none of split {settings.eval_split}: give "
+            "--eval-data"
+        )
     return TrainingData(Prefetched(blocks), held, "\n".join(lines))
 
 

@@ -17,6 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -167,6 +168,7 @@ class Session:
         self.returned = False
         self.votes_lost = 0
         self.lost_after = -1
+        self.steps_here, self.seconds_here = 0, 0.0
 
     def evaluate(self) -> float | None:
         """Held-out loss, nats per answer token."""
@@ -416,6 +418,11 @@ class Session:
                 return self.started_from
             log.info("%s: %s; continue with --resume", self.stop.signal, self.save_where_it_stops())
         assert self.path is not None, "the last step is always saved"
+        if trainer.done == settings.steps and self.best is not None:
+            log.info(
+                "%d steps are done; the lowest held-out loss is %.4f, of step %d: %s",
+                *(trainer.done, self.best["val_loss"], self.best["step"], self.folder.best),
+            )
         return self.path
 
     def _step(self, bar: Any) -> None:
@@ -455,11 +462,25 @@ class Session:
             "mem": f"{memory:.1f}G",
         }
         bar.set_postfix(shown | ({"held-out": f"{val_loss:.4f}"} if val_loss is not None else {}))
+        if bar.disable:
+            self._say(result, seconds, val_loss, save)
         leaving = self.stop.signal is not None
         if settings.sample_every and (last or done % settings.sample_every == 0) and not leaving:
             self.sample()
         if save:
             self.save(val_loss, assess=not leaving)
+
+    def _say(self, result: StepResult, seconds: float, val_loss: float | None, save: bool) -> None:
+        """A line now and then where there is no terminal to draw a bar on: a log, a pipe."""
+        self.steps_here += 1
+        self.seconds_here += seconds
+        done, steps = self.trainer.done, self.settings.steps
+        if not (save or val_loss is not None or self.steps_here == 1):
+            return
+        held = f", held out {val_loss:.4f}" if val_loss is not None else ""
+        a_step = self.seconds_here / self.steps_here
+        left = timedelta(seconds=round(a_step * (steps - done)))
+        log.info("step %d of %d: loss %.4f%s; %.1f s a step, %s left", done, steps, result.loss, held, a_step, left)
 
     def _lost(self, error: VotesLost) -> None:
         """Go on from a checkpoint, in a smaller shape: in the same one memory would run out again."""

@@ -384,7 +384,7 @@ def verify(config: VerifyConfig) -> list[Check]:
             check_same_model(model, source)
             strict = checkpoint["stage"] == "init"
             ids = torch.tensor(
-                tokenizer(reference_text(config), add_special_tokens=False)["input_ids"][: config.tokens]
+                tokenizer(reference_text(config), add_special_tokens=False, verbose=False)["input_ids"][: config.tokens]
             )
             if len(ids) < 16:
                 raise ModelError(f"the text has {len(ids)} tokens, expected at least 16")

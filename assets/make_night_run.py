@@ -1,6 +1,6 @@
 """A night with accidents, recorded: assets/night_run.jsonl.
 
-    python assets/make_night_run.py --folder runs/night --baseline   AdamW at three rates, the same steps, no accidents
+    python assets/make_night_run.py --folder runs/night --baseline   AdamW without accidents, usual and tuned betas
     python assets/make_night_run.py --folder runs/night              the run with its accidents, and the record
 
 600 steps of tiny_coder on the standard library's instructions through all phases of a v7 schedule scaled to its
@@ -41,7 +41,8 @@ LEFT = 0.92
 """What the neighbour leaves of the memory that a step needs beyond what lies there anyway."""
 TERMINATE, KILL = 250, 480
 """Steps after which the process is sent SIGTERM and SIGKILL."""
-BASELINE_RATES = (1.5e-4, 3e-4, 6e-4)
+BASELINES = (*(("adamw", rate) for rate in (1.5e-4, 3e-4, 6e-4)), *(("adamw-0.5-0.95", rate) for rate in (3e-4, 6e-4)))
+"""Methods of quality_tasks, with their rates."""
 RECORD = ASSETS / "night_run.jsonl"
 
 
@@ -54,6 +55,7 @@ def settings(folder: Path) -> Any:
         data=str(ASSETS / "stdlib_instruct.jsonl"),
         output_dir=folder / "run",
         steps=STEPS,
+        batch_size=1,
         grad_accum=ACCUMULATION,
         lr=RATE,
         seq_len=SEQ_LEN,
@@ -215,7 +217,7 @@ def night(folder: Path) -> None:
     RECORD.write_text("".join(json.dumps(line) + "\n" for line in record), encoding="utf-8")
 
 
-def baseline(folder: Path, rate: float) -> dict[str, Any]:
+def baseline(folder: Path, method: str, rate: float) -> dict[str, Any]:
     """AdamW float32 on the dense model, the same data order, schedule, steps and evaluation."""
     import qwen_prime_train as train
     from packed_batches import PackedBatches, evaluation_batches
@@ -232,13 +234,13 @@ def baseline(folder: Path, rate: float) -> dict[str, Any]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = PackedBatches(data.blocks, seq_len=SEQ_LEN, batch_size=1, pad_id=pad, seed=config.seed)
     recipe = Recipe(steps=STEPS, grad_accum=ACCUMULATION, lr=rate, device="cpu")
-    trainer = DenseTrainer(model, batches, recipe, METHODS["adamw"])
+    trainer = DenseTrainer(model, batches, recipe, METHODS[method])
     curve = []
     for step in range(1, STEPS + 1):
         trainer.step()
         if step % 100 == 0:
             curve.append((step, mean_answer_loss(model, evaluation_batches(held, SEQ_LEN, 1, pad))[0]))
-    return {"kind": "baseline", "method": "adamw", "lr": rate, "curve": curve}
+    return {"kind": "baseline", "method": method, "lr": rate, "curve": curve}
 
 
 if __name__ == "__main__":
@@ -251,8 +253,11 @@ if __name__ == "__main__":
         raise SystemExit(worker(given.folder))
     if given.baseline:
         given.folder.mkdir(parents=True, exist_ok=True)
-        for rate in BASELINE_RATES:
-            with open(given.folder / "baseline.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(baseline(given.folder, rate)) + "\n")
+        results = given.folder / "baseline.jsonl"
+        there = {(line["method"], line["lr"]) for line in lines(results)}
+        for method, rate in BASELINES:
+            if (method, rate) not in there:
+                with open(results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(baseline(given.folder, method, rate)) + "\n")
     else:
         night(given.folder)

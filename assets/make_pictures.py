@@ -105,11 +105,11 @@ def draw_night(record: Path, path: Path) -> None:
     steps = [x for x in lines if x["kind"] == "step"]
     events = [x for x in lines if x["kind"] == "event"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(3, 2))
-    for shade, line in zip(
-        ("#444444", "#999999", "#cccccc"), [x for x in lines if x["kind"] == "baseline"], strict=False
-    ):
-        label = f"AdamW, no accidents, lr {line['lr']:g}"
-        left.plot(*zip(*line["curve"], strict=True), "s--", color=shade, markersize=3.5, linewidth=1, label=label)
+    shades = {"adamw": iter(("#444444", "#999999", "#cccccc")), "adamw-0.5-0.95": iter(("#8a5a2b", "#c9a57a"))}
+    for line in (x for x in lines if x["kind"] == "baseline"):
+        tuned = "" if line["method"] == "adamw" else ", betas tuned"
+        style = {"color": next(shades[line["method"]]), "markersize": 3.5, "linewidth": 1}
+        left.plot(*zip(*line["curve"], strict=True), "s--", label=f"AdamW{tuned}, lr {line['lr']:g}", **style)
     held = [(x["step"], x["val_loss"]) for x in steps if x["val_loss"] is not None]
     left.plot(*zip(*held, strict=True), "o-", color="#1f6f8b", label="votes, with accidents")
     low, high = left.get_ylim()

@@ -102,6 +102,19 @@ def test_what_to_give_up_first_is_wide_micro_batches_at_the_same_tokens_a_step()
     assert all(s.vote_rule == "momentum" and s.seq_len == 512 for s in found[:3])
 
 
+def test_an_untied_embedding_votes_only_where_the_lowest_layer_is_open() -> None:
+    table = manifolds.build()
+    embedding = tiny_config()["vocab_size"] * tiny_config()["hidden_size"]
+    votes: dict[bool, list[int]] = {}
+    for tied in (True, False):
+        model = build_model(tiny_config(tie_word_embeddings=tied), table, "a test")
+        settings = plan.Settings(peel=LayerPeel.parse("v7"))
+        found = (plan.budget(model, settings, count) for count in (0, 1, 2, None))
+        votes[tied] = [next(line.bytes for line in lines if line.what == "votes") for lines in found]
+    assert votes[True][0] == votes[False][0] == embedding
+    assert [b - a for a, b in zip(votes[True], votes[False], strict=True)] == [0, 0, embedding, embedding]
+
+
 def test_the_report_answers_whether_it_fits_and_with_which_flags(shared_data: Path) -> None:
     model = geometry(shared_data, "Qwen2.5-Coder-1.5B-Instruct")
     text, fits = plan.report(model, plan.Settings(), 11 * 2**30)

@@ -30,6 +30,7 @@ def test_the_command_line() -> None:
         (["a", "b"], "--web"),
         (["a", "--web", "--once"], "choose one"),
         (["a", "--web", "--host", "0.0.0.0"], "--allow-remote"),
+        (["a", "--allow-remote"], "add --web"),
         (["a", "--port", "70000"], "70000"),
         (["a", "--port", "x"], "--port"),
         (["a", "--hots", "x"], "--hots"),

@@ -183,6 +183,31 @@ def test_one_spike_is_noted_and_three_in_a_row_return() -> None:
     assert sentinel.heat == 0.5 and sentinel.returns == 1 and sentinel.streak == 0
 
 
+def test_a_first_loss_that_is_no_number_spikes() -> None:
+    assert AntigravitySentinel().judge(1, math.nan, 1.0, 0.01, 0, 4).kind == "spike"
+
+
+def test_spikes_are_counted_from_the_first_whatever_lies_between() -> None:
+    """A step that lost every micro-batch moved nothing and says nothing."""
+    sentinel = AntigravitySentinel()
+    judged(sentinel, [*USUAL, 9.0])
+    assert sentinel.judge(14, math.nan, 0.0, 0.0, 4, 4).kind == "non_finite"
+    other = AntigravitySentinel()
+    other.load_state_dict(sentinel.state_dict())
+    other.judge(15, 9.0, 1.0, 0.01, 0, 4)
+    assert other.judge(16, 9.0, 1.0, 0.01, 0, 4).to == 11
+
+
+def test_what_is_usual_is_what_was_usual_where_a_run_returns_to() -> None:
+    sentinel = AntigravitySentinel()
+    judged(sentinel, USUAL)
+    then = sentinel.state_dict()
+    judged(sentinel, [5.0, 5.0, 5.0], 13)
+    sentinel.recall(then)
+    assert sentinel.heat == 0.5, "but not how often it returned"
+    assert judged(sentinel, [5.0, 2.0], 9) == ["spike", "ok"]
+
+
 def test_noise_falling_losses_and_the_first_steps_are_no_spikes() -> None:
     generator = torch.Generator().manual_seed(0)
     noisy = (3 + torch.randn(300, generator=generator)).tolist()
@@ -305,3 +330,18 @@ def test_the_ladder_of_the_plans() -> None:
     assert other.shape == Shape(384, 1, 43) and other.lower() == Shape(256, 1, 64) and other.lower() is None
     with pytest.raises(NightShiftError, match="--grad-accum"):
         MemoryContingency(Shape(512, 1, 16)).load_state_dict(contingency.state_dict())
+
+
+def test_rows_do_not_become_shorter_than_they_may() -> None:
+    def lengths(first: int, shortest: int | None) -> list[int]:
+        return [s.seq_len for s in MemoryContingency(Shape(first, 2, 4), shortest).ladder()]
+
+    assert lengths(512, None) == [512, 512, 384, 256] and lengths(128, None) == [128, 128, 96, 64]
+    assert lengths(512, 512) == lengths(512, 400) == [512, 512] and lengths(512, 384) == [512, 512, 384]
+    assert lengths(128, 48) == [128, 128, 96, 64, 48]
+    low = MemoryContingency(Shape(512, 2, 4))
+    for _ in range(3):
+        low.lower()
+    MemoryContingency(Shape(512, 2, 4), 256).load_state_dict(low.state_dict())
+    with pytest.raises(NightShiftError, match=r"come down to .* x 256 tokens.* give 256"):
+        MemoryContingency(Shape(512, 2, 4), 300).load_state_dict(low.state_dict())

@@ -249,6 +249,48 @@ def test_shorter_documents_follow_the_rules_of_encoding():
     assert not len(data.shorten(dataclasses.replace(encoded, answer=np.zeros(29, dtype=bool)), 2).start)
 
 
+class SomeBlocks:
+    """Blocks that are there."""
+
+    fingerprint = "some"
+
+    def __init__(self, *blocks: EncodedSet) -> None:
+        self.blocks = blocks
+
+    def block(self, epoch: int, number: int) -> EncodedSet | None:
+        return self.blocks[number] if number < len(self.blocks) else None
+
+
+def behind(lengths: list[int], begin: int) -> EncodedSet:
+    """Conversations whose answers begin at a token."""
+    encoded = fake_set(lengths, 12)
+    places = np.concatenate([np.arange(length) for length in lengths])
+    return dataclasses.replace(encoded, answer=places >= begin)
+
+
+def test_a_block_without_a_target_in_shorter_rows_is_passed_over() -> None:
+    good, late = behind([8, 8], 2), behind([12], 10)
+    batches = PackedBatches(SomeBlocks(good, late, good), seq_len=12, batch_size=1, pad_id=0, seed=0)
+    next(batches)
+    next(batches)
+    batches.resize(8, 1)
+    blocks = []
+    for _ in range(4):
+        blocks.append((next(batches), batches.position["epoch"], batches.position["block"])[1:])
+    assert blocks == [(0, 2), (0, 2), (1, 0), (1, 0)]
+    # In the middle of such a block the rest of it is passed over, too, and a cursor there can be gone on from.
+    batches = PackedBatches(SomeBlocks(late, good), seq_len=12, batch_size=1, pad_id=0, seed=0)
+    batches.resize(8, 1)
+    state = batches.state_dict()
+    again = PackedBatches(SomeBlocks(late, good), seq_len=12, batch_size=1, pad_id=0, seed=0)
+    again.load_state_dict(state)
+    assert same(next(batches), next(again)) and again.position["block"] == 1
+    alone = PackedBatches(late, seq_len=12, batch_size=1, pad_id=0, seed=0)
+    alone.resize(8, 1)
+    with pytest.raises(DataError, match=r"none of .* documents has a target in 8 tokens"):
+        next(alone)
+
+
 def test_shorten_equals_encoding_at_that_length(tiny):
     records = ["one two three four five six seven eight nine ten " * 3, "short"]
     long = encode_records(records, tiny, 400, progress=False)

@@ -230,6 +230,10 @@ def test_bytes_added_or_moved_are_found(good: Path, tmp_path: Path) -> None:
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
     torch.save(new_checkpoint(), path)
+    for start, words in ((b"\x89PRIME\r\n", "is a packed file: .* unpack"), (b"GGUF", "is a GGUF file")):
+        (tmp_path / "other").write_bytes(start + bytes(1000))
+        with pytest.raises(CheckpointError, match=words):
+            load_checkpoint(tmp_path / "other")
     with pytest.raises(CheckpointError, match="does not end with the hash of a PRIME checkpoint"):
         load_checkpoint(path)
     path.write_text("hello " * 100)

@@ -433,6 +433,8 @@ def test_missing_folder(refuse: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     refuse(tmp_path / "file", words=[str(tmp_path / "file")])
     refuse("not an id", words=["no such folder"])
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refuse(tmp_path / "model.gguf", words=["is a file, expected a Hugging Face model folder"])
 
 
 @pytest.mark.parametrize("content", [None, "{", "", "[]", "null", "3", b"\xff\xfe{"], ids=repr)

@@ -21,11 +21,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import import_source, tiny_config, write_source
+from tiny_runs import accident, command, import_everywhere, quick_config, stop_after, stop_within, the_error
 
 import manifolds
 import prime_checkpoint
-import prime_cli
 import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
 import qwen_prime_train as train
@@ -33,7 +32,6 @@ import run_folder
 import training_data
 import training_session
 import verify_qwen_prime as verify
-import vote_trainer
 from prime_checkpoint import check_file, load_checkpoint, save_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors
@@ -86,51 +84,12 @@ def config(init: Path, records: Path, tmp_path: Path) -> train.TrainConfig:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random model of two layers, imported on each manifold."""
-    folder = tmp_path_factory.mktemp("sources")
-    source = write_source(folder / "source", tiny_config())
-    for name in manifolds.NAMES:
-        import_source(source, folder / f"{name}_prime_init.pt", manifold=name)
-    return {name: folder / f"{name}_prime_init.pt" for name in manifolds.NAMES}
+    return import_everywhere(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture
 def quick(sources: dict[str, Path], tmp_path: Path) -> train.TrainConfig:
-    """A run of four steps on it, within a fraction of a second; plain texts, since its tokenizer knows no roles."""
-    lines = [{"text": f"abc {i} " * (2 + i % 5), "split": "train" if i < 40 else "eval"} for i in range(46)]
-    data = tmp_path / "texts.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return train.TrainConfig(
-        checkpoint=sources["prime-harmonic"],
-        data=data,
-        output_dir=tmp_path / "quick",
-        steps=4,
-        seq_len=64,
-        batch_size=1,
-        grad_accum=6,
-        lr=4e-3,
-        warmup=1,
-        eval_every=2,
-        save_every=2,
-        core_eval=False,
-        device="cpu",
-    )
-
-
-ERRORS = train.ERRORS
-ARGUMENTS = ["--checkpoint", "x", "--data", "x", "--output-dir", "x"]
-
-
-def command(config: train.TrainConfig) -> int:
-    """Exit code of the command line program with this config."""
-    return prime_cli.run(type(config), lambda _: train.main(config), ERRORS, ARGUMENTS)
-
-
-def the_error(printed: str) -> str:
-    """The only line of stderr that is an error, its last."""
-    lines = printed.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    return lines[-1]
+    return quick_config(sources["prime-harmonic"], tmp_path)
 
 
 # -- what a run writes ------------------------------------------------------------------------------------------------
@@ -267,21 +226,6 @@ def content(path: Path) -> dict[str, str]:
     return {n: tensor_sha256(t) for n, t in walk_tensors(load_checkpoint(path)) if "sha256" not in n}
 
 
-def stop_after(steps: int, config: train.TrainConfig) -> None:
-    """Run the script until a signal arrives at the end of a step."""
-    trainer_step = train.VoteTrainer.step
-
-    def stopping(self: train.VoteTrainer) -> Any:
-        result = trainer_step(self)
-        if self.done == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.VoteTrainer, "step", stopping)
-        assert train.main(config) == 0
-
-
 RUNS = [
     ("momentum", "prime-harmonic"),
     ("compact", "compact"),
@@ -313,20 +257,6 @@ def test_resume_is_bit_for_bit(
     lines = [list(read_lines(folder / "stats.jsonl")) for folder in (whole.output_dir, half.output_dir)]
     first_run, second_run = ([(s["step"], s["loss"], s["flips"], s["lr"]) for s in part] for part in lines)
     assert len(first_run) == 4 and first_run == second_run
-
-
-def stop_within(step: int, micro_batch: int, config: train.TrainConfig) -> None:
-    """Run the script until a signal arrives in the middle of a step."""
-    cast = train.VoteTrainer._cast
-
-    def stopping(self: train.VoteTrainer, batch: Any, k: int, weight: float) -> Any:
-        if (self.done, k) == (step, micro_batch):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return cast(self, batch, k, weight)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.VoteTrainer, "_cast", stopping)
-        assert train.main(config) == 0
 
 
 @pytest.mark.parametrize(("rule", "manifold"), RUNS)
@@ -446,6 +376,22 @@ def test_refusals(quick: train.TrainConfig, tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             replace(quick, **wrong)
     assert command(replace(quick, checkpoint=tmp_path / "absent.pt", output_dir=tmp_path / "other")) == 1
+    with pytest.raises(train.TrainError, match="is a file, expected the folder of a run"):
+        train.main(replace(quick, output_dir=quick.data))
+
+
+def test_a_run_tells_of_itself_where_no_bar_is_drawn(
+    quick: train.TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As under nohup, or through a pipe."""
+    caplog.set_level("INFO")
+    assert train.main(replace(quick, steps=5, eval_every=4, save_every=3)) == 0
+    said = [r.getMessage() for r in caplog.records]
+    lines = [line for line in said if " of 5: loss " in line]
+    assert [line.split()[1] for line in lines] == ["1", "3", "4", "5"]
+    assert all(", held out " in line for line in lines[1:]) and lines[-1].endswith("0:00:00 left")
+    assert any("5 steps are done; the lowest held-out loss is " in line and "_best.pt" in line for line in said)
+    assert said[-1].startswith("the last checkpoint is ")
 
 
 OTHER_RUNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -463,6 +409,7 @@ OTHER_RUNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"weight_decay": 0.01}, "add --weight-decay 0.0 "),
     ({}, {"beta": 0.7}, "add --beta 0.5 "),
     ({"beta": 0.7}, {"beta": None}, "add --beta 0.7 "),
+    ({}, {"governor_limit": 0.01}, "add --governor-limit 0.02"),
 ]
 
 
@@ -643,25 +590,6 @@ def test_resume_is_bit_for_bit_across_an_unlock(quick: train.TrainConfig, tmp_pa
     lines = [list(read_lines(c.output_dir / "stats.jsonl")) for c in (whole, half)]
     assert [s["thawed_layers"] for s in lines[0]] == [0, 1, 1, 2, 2, 2]
     assert [s["peel_phase"] for s in lines[1]] == ["head", "peeling", "peeling", "all open", "all open", "all open"]
-
-
-def accident(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    """Change the loss of a micro-batch while votes are cast: ``change(step, micro_batch)`` is its factor."""
-    plain, step = vote_trainer.answer_loss, vote_trainer.VoteTrainer.step
-    now: list[Any] = []
-
-    def noted(trainer: vote_trainer.VoteTrainer) -> Any:
-        now[:] = [trainer.ballot]
-        return step(trainer)
-
-    def loss(*inputs: Any) -> Any:
-        value, count = plain(*inputs)
-        if not now or now[0].mode != "cast":
-            return value, count
-        return value * change(now[0].step, now[0].micro_batch), count
-
-    monkeypatch.setattr(vote_trainer.VoteTrainer, "step", noted)
-    monkeypatch.setattr(vote_trainer, "answer_loss", loss)
 
 
 def test_three_spikes_return_to_the_last_good_checkpoint(

@@ -129,8 +129,9 @@ def test_blocks_hold_every_row_once_and_can_be_had_in_any_order(tmp_path: Path, 
 
 def test_held_out_records_are_in_no_block(tmp_path: Path, tokenizer: Any) -> None:
     blocks = stream_of(tmp_path, 40, tokenizer, hold_out=0.3)
-    records = [blocks.records(0, n) for n in range(5)]
-    held = [key for found in records if found for key in found.keys if drawn(key, 0.3)]
+    records = [blocks.parts(0, n) for n in range(5)]
+    held = [key for parts in records if parts for found in parts for key in found.keys if drawn(key, 0.3)]
+    assert held == [key for parts in records if parts for key in parts[1].keys]
     assert 4 <= len(held) <= 20
     again = stream_of(tmp_path, 40, tokenizer, hold_out=0.3)
     learned = [t for n in range(5) for t in texts(tokenizer, again.block(0, n))]

@@ -60,7 +60,7 @@ def test_shards_hold_every_document_whole_on_its_side(folder: Path, tokenizer: A
     for split, wanted in (("valid", True), ("train", False)):
         assert seen[split] == [t for i, t in enumerate(TEXTS) if drawn(f"doc {i}", 0.1) is wanted]
     assert len(manifest.splits["train"]) > 3 and 10 <= len(seen["valid"]) <= 60
-    assert manifest.rows == {"records": 300, "bad": 1, "formats": {"text": 300}}
+    assert manifest.rows == {"records": 300, "bad": 1, "other_splits": 0, "formats": {"text": 300}}
     assert manifest.source["id"] == "tales.jsonl"
     assert manifest.tokenizer == {"name": "tiny", "sha256": tokenizer_fingerprint(tokenizer)}
 
@@ -73,6 +73,22 @@ def test_making_them_again_gives_the_same_bytes(folder: Path, rows: Path, tokeni
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     with pytest.raises(DataError, match="not an empty folder"):
         materialize(FileRows(rows), tokenizer, "tiny", PLAN, tmp_path / "again")
+
+
+def test_rows_that_name_a_split_are_learned_or_held_out_by_it(tokenizer: Any, tmp_path: Path) -> None:
+    """In any order, a few rows at a time; those of a third split are left out."""
+    splits = ["train", "eval", "train", "test", "train"]
+    lines = [{"text": f"tale {i}", "split": splits[i % 5]} for i in range(3000)]
+    path = tmp_path / "split.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = ShardPlan(valid=0.1, split="train", eval_split="eval", shard_tokens=5000)
+    manifest = materialize(FileRows(path), tokenizer, "tiny", plan, tmp_path / "shards")
+    assert manifest.rows == {"records": 2400, "bad": 0, "other_splits": 600, "formats": {"text": 2400}}
+    for name, split in (("train", "train"), ("valid", "eval")):
+        sets = [read_tokens(tmp_path / "shards" / s.file, s.sha256)[0] for s in manifest.splits[name]]
+        found = [tokenizer.decode(e.document(i).input_ids) for e in sets for i in range(len(e))]
+        wanted = [line["text"] for line in lines if line["split"] == split]
+        assert len(found) == len(wanted) and all(want in text for want, text in zip(wanted, found, strict=True))
 
 
 def test_the_trainer_reads_them(folder: Path, tokenizer: Any) -> None:

@@ -114,6 +114,26 @@ def test_large_files_are_streamed(tokenizer: Any, tmp_path: Path, monkeypatch: A
     assert not (tmp_path / "cache").exists()
 
 
+def test_large_files_whose_rows_name_splits_are_learned_and_scored_by_them(
+    tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(training_data, "STREAM_BYTES", 0)
+    rows = [{**row, "split": "eval" if i % 4 == 3 else "train"} for i, row in enumerate(pairs(40))]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    found = opened(path, tokenizer, tmp_path / "cache", block_rows=8)
+    learned = [t for n in range(5) for t in texts(tokenizer, found.blocks.block(0, n))]
+    assert len(learned) == 30 and len(found.held) == 2 and not set(learned) & set(texts(tokenizer, found.held))
+    other = opened(path, tokenizer, tmp_path / "cache", block_rows=8, eval_split="valid")
+    assert other.held is None and "have none of split valid: give --eval-data" in other.summary
+
+
+@pytest.mark.parametrize(("rows", "few"), [(5, True), (200, True), (2000, False)])
+def test_too_few_held_out_documents_are_called_that(tokenizer: Any, tmp_path: Path, rows: int, few: bool) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", pairs(rows))
+    assert ("too few to tell" in opened(path, tokenizer, tmp_path / "cache").summary) == few
+    assert "too few" not in opened(path, tokenizer, tmp_path / "cache", hold_out=0.0).summary
+
+
 def test_a_dataset_of_the_hub(tokenizer: Any, tmp_path: Path, hub: Any) -> None:  # noqa: F811
     found = opened("owner/set", tokenizer, tmp_path / "cache", block_rows=8, hold_out=0.0)
     assert "revision 0123456789" in found.summary and "licence mit" in found.summary and found.held is None
