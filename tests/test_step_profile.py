@@ -14,7 +14,8 @@ from step_profile import BREAKDOWN, TRACE, kind_of, named_kernels, profile_step
 
 def test_a_profile_of_a_vote_step(tmp_path: Path, one_thread: None) -> None:
     method = training.METHODS["momentum"]
-    trained = training.make_trained(training.bare_model("toy", method), method, "float32", 32)
+    config = training.TrainBench(precision="float32", seq_len=32)
+    trained = training.make_trained(training.bare_model("toy", method), method, config)
     trained.step(1)
     text = profile_step(lambda: trained.step(1), tmp_path, "a step", {"cpu": "this one", "gpu": None})
     assert text.splitlines()[0] == "a step" and "None" not in text
