@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -168,7 +169,7 @@ class Session:
         self.returned = False
         self.votes_lost = 0
         self.lost_after = -1
-        self.steps_here, self.seconds_here = 0, 0.0
+        self.paces: list[float] | None = None
 
     def evaluate(self) -> float | None:
         """Held-out loss, nats per answer token."""
@@ -472,15 +473,19 @@ class Session:
 
     def _say(self, result: StepResult, seconds: float, val_loss: float | None, save: bool) -> None:
         """A line now and then where there is no terminal to draw a bar on: a log, a pipe."""
-        self.steps_here += 1
-        self.seconds_here += seconds
         done, steps = self.trainer.done, self.settings.steps
-        if not (save or val_loss is not None or self.steps_here == 1):
+        first, self.paces = self.paces is None, self.paces or []
+        if not first:
+            # What the first one takes, compiling kernels and measuring rows, says nothing of the others.
+            self.paces.append(seconds)
+        if not (save or first or val_loss is not None):
             return
         held = f", held out {val_loss:.4f}" if val_loss is not None else ""
-        a_step = self.seconds_here / self.steps_here
-        left = timedelta(seconds=round(a_step * (steps - done)))
-        log.info("step %d of %d: loss %.4f%s; %.1f s a step, %s left", done, steps, result.loss, held, a_step, left)
+        pace = ""
+        if self.paces:
+            left = timedelta(seconds=round(mean(self.paces) * (steps - done)))
+            pace = f"; {mean(self.paces):.1f} s a step, {left} left"
+        log.info("step %d of %d: loss %.4f%s%s", done, steps, result.loss, held, pace)
 
     def _lost(self, error: VotesLost) -> None:
         """Go on from a checkpoint, in a smaller shape: in the same one memory would run out again."""
