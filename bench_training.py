@@ -52,6 +52,7 @@ from prime_quality import add_adapters
 from qwen_prime_wrapper import answer_loss, count_parameters
 from step_profile import profile_step
 from training_recipe import Recipe
+from vote_casting import Turn
 from vote_rules import rule_named
 from vote_trainer import VoteTrainer
 
@@ -280,7 +281,7 @@ class VoteStep:
                 self.model, self.batches, Recipe(steps=1000, warmup=0, grad_accum=count, **self.settings)
             )
             # Observations first: a step that also measures would not be like any other.
-            self._trainers[count]._measure(next(self.batches), 1.0)
+            self._trainers[count].caster.measure(next(self.batches), Turn(0, 0, count, 1.0))
         return self._trainers[count]
 
     def step(self, count: int) -> Parts:
@@ -302,7 +303,7 @@ class VoteStep:
         with (
             mock.patch.object(GhostGrid, "accept", timed("cast", GhostGrid.accept)),
             mock.patch.object(vote_trainer, "apply_votes", timed("apply", vote_trainer.apply_votes)),
-            mock.patch.object(trainer, "_cast", timed("micro", trainer._cast)),
+            mock.patch.object(trainer.caster, "cast", timed("micro", trainer.caster.cast)),
         ):
             started, worked = time.perf_counter(), time.process_time()
             trainer.step()

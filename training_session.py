@@ -38,8 +38,9 @@ from prime_telemetry import RunLog
 from qwen_prime_wrapper import continue_texts, mean_answer_loss
 from run_folder import RunFolder
 from training_recipe import Recipe, TrainError
+from vote_casting import VotesLost
 from vote_guard import VoteGuard
-from vote_trainer import StepPaused, VotesLost, VoteTrainer
+from vote_trainer import StepPaused, VoteTrainer
 from whole_output import write_whole
 
 log = logging.getLogger("train")
@@ -207,7 +208,7 @@ class Session:
         try:
             return look()
         except Exception as error:
-            if not is_out_of_memory(error) or not self.trainer.release():
+            if not is_out_of_memory(error) or not self.trainer.caster.release():
                 raise
         return look()
 

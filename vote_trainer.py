@@ -4,10 +4,9 @@ A step is ``grad_accum`` micro-batches. Each one's backward pass casts votes and
 at the end of the step the votes move the weights. Norms and biases, the only float parameters, follow a small AdamW.
 The loss of a step is the mean over all its answer tokens, however they are spread over micro-batches.
 
-A micro-batch whose loss or gradients are not finite leaves no trace: it is skipped, and if it broke in the middle of
-the backward pass the votes that it had cast are taken back by casting them again with the opposite sign. One that runs
-out of memory leaves none either: what it had cast is taken back in the same way, its data are dealt out again in a
-smaller shape, and the step ends with the micro-batches that were complete. Whatever comes, no half micro-batch counts.
+A micro-batch that is not finite, or for which memory runs out, leaves no trace (``vote_casting``). The first kind is
+skipped. Of the second the data are dealt out again in a smaller shape, and the step ends with the micro-batches that
+were complete.
 
 A run that is to watch itself hands over a ``NightWatch``: the supervisor then opens layers before a step, the governor
 and the sentinel look at it afterwards, and every new set of open layers is probed for memory before it votes.
@@ -15,35 +14,27 @@ and the sentinel look at it afterwards, and every new set of open layers is prob
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-import ghost_kernels as kernels
 from ballots import Ballot, RuleError
 from ghost_core import Movement, apply_votes, grids_of, name_grids
-from micro_batch_graph import Arranged, MicroBatchGraph, arranged, arranged_loss
 from night_shift import LayerGroup, LayerPeel, NightShiftSupervisor, Shape, layer_groups
 from night_watch import NightWatch, StepResult, describe, vote_pressure
 from packed_batches import Batch, PackedBatches
-from prime_device import is_out_of_memory, trim_memory
-from qwen_prime_wrapper import answer_loss, copy_tensors, model_tensors
+from prime_device import is_out_of_memory
+from qwen_prime_wrapper import copy_tensors, model_tensors
 from training_recipe import Recipe, TrainError, check_course, course, default_rate, learning_rate
+from vote_casting import Turn, VoteCaster, VotesLost
 
 log = logging.getLogger("train")
-
-
-class VotesLost(RuntimeError):
-    """Memory ran out where votes could not be taken back: the state is of no use, return to a checkpoint."""
 
 
 class StepPaused(Exception):
@@ -106,7 +97,6 @@ class VoteTrainer:
         self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule(), listening=watch is not None)
         name_grids(model, self.ballot)
         self.grids = grids_of(model)
-        self._names = list(self.grids)
         self.groups: list[LayerGroup] = layer_groups(model)
         self.supervisor = NightShiftSupervisor(model, watch.peel if watch else LayerPeel())
         self._probed = watch is None
@@ -129,54 +119,18 @@ class VoteTrainer:
             for layer in model.model.layers[:-1]:
                 for grid in grids_of(layer).values():
                     grid.keeps = True
-        self._warm = False
-        self._graph = self._new_graph()
-        self._arranges = self._graph is not None
+        self.caster = VoteCaster(
+            model,
+            self.ballot,
+            self.grids,
+            self.floats,
+            recipe,
+            survives=watch is not None,
+            tell=lambda name, content: self.events.append((name, content)),
+        )
         if watch is None:
             self.supervisor.apply(0)
         model.train()
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.grids.values())).indices.device
-
-    def _new_graph(self) -> MicroBatchGraph | None:
-        """What records micro-batches; None where that is not to be or does not pay. On a card, this is also where marks
-        begin, and a stream of the process's own: what runs on the default one cannot be recorded."""
-        device = self._device
-        if kernels.backend_for(device, self.ballot.backend) != "cuda":
-            return None
-        self.ballot.marks = torch.zeros(len(self.grids), dtype=torch.int32, device=device)
-        if self.recipe.cuda_graphs == "off":
-            return None
-        if not MicroBatchGraph.serves(self.model, self.ballot, device):
-            if self.recipe.cuda_graphs == "on":
-                raise TrainError(
-                    f"cuda-graphs is on, but micro-batches of this model with rule {self.ballot.rule.name} cannot be "
-                    "recorded: leave --cuda-graphs at auto"
-                )
-            return None
-        if self.recipe.cuda_graphs == "auto" and not MicroBatchGraph.pays(device):
-            return None
-        if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
-            torch.cuda.synchronize(device)
-            torch.cuda.set_stream(torch.cuda.Stream(device))
-        settings = (self.recipe.compute, torch.cuda.current_stream(device))
-        return MicroBatchGraph(self.model, self.ballot, self.grids, self.floats, *settings)
-
-    def _forget_graph(self) -> None:
-        """What was recorded is of another time: layers, shape, or tensors have changed."""
-        self._warm = False
-        if self._graph is not None and self._graph.recorded:
-            self._graph.forget()
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def _clear_gradients(self) -> None:
-        """Forget the gradients of norms and biases; those that a recording adds to keep their place."""
-        if self._graph is None or not self._graph.recorded:
-            self.optimizer.zero_grad(set_to_none=True)
-        else:
-            self._graph.clear_gradients()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -186,8 +140,7 @@ class VoteTrainer:
     @property
     def backend(self) -> str:
         """Which kernels serve the run, and whether its micro-batches are recorded, in words."""
-        name = kernels.backend_for(self._device, self.ballot.backend)
-        return f"{name}, micro-batches recorded" if self._graph is not None else name
+        return self.caster.backend
 
     @property
     def shape(self) -> Shape:
@@ -215,7 +168,7 @@ class VoteTrainer:
         """
         events = self.events = []
         if self.supervisor.due(self.done):
-            self._forget_graph()
+            self.caster.forget_recording()
             change = self.supervisor.apply(self.done)
             for parameter in change.floats_closed:
                 self.optimizer.state.pop(parameter, None)
@@ -260,9 +213,10 @@ class VoteTrainer:
         for k, batch in enumerate(micro_batches[ran:], ran):
             if k and (leave := self.asked_to_stop()):
                 break
-            outcome = self._measure(batch, weight) if k == 0 else 0.0
+            turn = Turn(self.done, k, count, weight)
+            outcome = self.caster.measure(batch, turn) if k == 0 else 0.0
             if isinstance(outcome, float):
-                outcome = self._cast(batch, k, weight)
+                outcome = self.caster.cast(batch, turn)
             if k == 0 and not isinstance(outcome, float):
                 # A yardstick would be its trace. The others cannot vote without one: the next step begins anew.
                 for grid in waiting:
@@ -276,7 +230,7 @@ class VoteTrainer:
             if outcome is None:
                 skipped += 1
             else:
-                total += float(outcome)
+                total += outcome
                 learned += batch.answer_tokens
         if ran == 0:
             self._probe(events)
@@ -285,14 +239,14 @@ class VoteTrainer:
             # Behind the last one, too: what follows a step may take long.
             self.batches.load_state_dict(cursors[0])
             seconds = half.seconds + time.perf_counter() - begun
-            self._pause(HalfStep(ran, skipped, total, learned, seconds, self._float_gradients()))
+            self._pause(HalfStep(ran, skipped, total, learned, seconds, self.caster.gradients()))
         moved: dict[str, Movement] = {}
         self.ballot.close()
         pressure: dict[str, float] = {}
         if skipped < ran:
             pressure = vote_pressure(self.groups)
             moved = self._apply(rate, count)
-        self._clear_gradients()
+        self.caster.clear_gradients()
         if not fits:
             self._probe(events)
         self.done += 1
@@ -313,168 +267,17 @@ class VoteTrainer:
             events=events,
         )
 
-    def _float_gradients(self) -> dict[str, torch.Tensor]:
-        return {n: p.grad.detach().cpu().clone() for n, p in self.floats.items() if p.grad is not None}
-
     def _pause(self, half: HalfStep) -> None:
         self.ballot.close()
-        self._clear_gradients()
+        self.caster.clear_gradients()
         self.half = half
         raise StepPaused(f"step {self.done} was left after {half.ran} of {self.shape.grad_accum} micro-batches")
 
     def _go_on(self) -> HalfStep:
         """What there is of the step: what it was left with, or nothing yet."""
         half, self.half = self.half or HalfStep(0, 0, 0.0, 0, 0.0, {}), None
-        for name, gradient in half.gradients.items():
-            parameter = self.floats[name]
-            if parameter.grad is None:
-                parameter.grad = gradient.to(parameter.device)
-            else:
-                # In place: a recording adds to this memory.
-                parameter.grad.copy_(gradient)
+        self.caster.put_gradients(half.gradients)
         return half
-
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        device = self._device
-        micro_batch = arranged(batch) if self._arranges else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.compute == "bfloat16"):
-            if micro_batch is not None:
-                # As it would be recorded: when that begins or ends must not change a bit.
-                return arranged_loss(self.model, Arranged(*(t.to(device) for t in micro_batch)))
-            loss, _ = answer_loss(
-                self.model, batch.input_ids.to(device), batch.labels.to(device), batch.position_ids.to(device)
-            )
-        return loss
-
-    def _backward(self, mode: str, batch: Batch, k: int, weight: float) -> float:
-        """Loss of a micro-batch, summed, and unless it is not finite the backward pass with the ballot in ``mode``."""
-        self.ballot.open(mode, self.done, k, self.shape.grad_accum)
-        self.ballot.non_finite.clear()
-        loss = self._loss(batch)
-        nats = loss.item()
-        if math.isfinite(nats):
-            (loss * weight).backward()
-            self.ballot.read_marks(self._names)
-        return nats
-
-    def _measure(self, batch: Batch, weight: float) -> float | Literal["memory"] | None:
-        """Give grids without an observation their first, from the step's first micro-batch; no votes. Returns what
-        :meth:`_cast` does: a micro-batch that is not finite at one grid measures none; the caller forgets."""
-        waiting = [g for g in self.grids.values() if g.waiting]
-        if not waiting:
-            return 0.0
-        nats = self._guarded(lambda: self._backward("measure", batch, 0, weight))
-        finite = nats is not None and math.isfinite(nats) and self._finite_gradients()
-        for grid in waiting if finite else []:
-            grid.finish_measuring()
-        self.ballot.close()
-        self._clear_gradients()
-        return "memory" if nats is None else nats if finite else None
-
-    def _finite_gradients(self) -> bool:
-        """Whether the last backward pass met no gradient of a grid that is not finite, and left none to the floats."""
-        grads = [p.grad for p in self.floats.values() if p.grad is not None]
-        if self.ballot.non_finite or not grads:
-            return not self.ballot.non_finite
-        return bool(torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf))).all())
-
-    def _cast(self, batch: Batch, k: int, weight: float) -> float | Literal["memory"] | None:
-        """Votes of one micro-batch: its summed loss; None where it was not finite, "memory" where that ran out; either
-        way it left no trace."""
-        if self._recordable(batch):
-            done, nats = self._replay(batch, k, weight)
-            if done:
-                return nats
-        before = {n: None if p.grad is None else p.grad.clone() for n, p in self.floats.items()}
-        nats = self._guarded(lambda: self._backward("cast", batch, k, weight))
-        if nats is not None and not math.isfinite(nats):
-            return None
-        if nats is not None and self._finite_gradients():
-            # Only a first one makes all that the others are compared with, outside of what a recording writes over.
-            self._warm |= k == 0
-            return nats
-        held = nats is None and self._graph is not None and self._graph.recorded
-        if held:
-            # Before anything else: taking back needs the memory that a recording holds.
-            self._give_up_graph()
-        self._take_back(batch, k, weight)
-        for name, parameter in self.floats.items():
-            old = before[name]
-            if old is not None and parameter.grad is not None:
-                # In place: a recording adds to this memory.
-                parameter.grad.copy_(old)
-            else:
-                parameter.grad = old
-        if held:
-            return self._cast(batch, k, weight)
-        return "memory" if nats is None else None
-
-    def _recordable(self, batch: Batch) -> bool:
-        """Whether a micro-batch is one of those that are recorded: the first with its layers is not, libraries prepare
-        themselves then."""
-        return self._graph is not None and self._warm and self._graph.fits(batch)
-
-    def _replay(self, batch: Batch, k: int, weight: float) -> tuple[bool, float | None]:
-        """Cast by the recording: whether that was possible, and what :meth:`_cast` returns."""
-        assert self._graph is not None
-        self.ballot.open("cast", self.done, k, self.shape.grad_accum)
-        try:
-            outcome = self._graph.run(batch, k, weight)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            outcome = None
-        if outcome is None:
-            # Nothing was cast.
-            self._give_up_graph()
-            return False, None
-        if math.isfinite(outcome.nats) and not outcome.marked:
-            return True, outcome.nats
-        self.ballot.non_finite[:] = [self._names[number] for number in outcome.marked if number >= 0]
-        try:
-            self._graph.undo(batch, k, weight)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise VotesLost(
-                f"step {self.done}: memory ran out while votes of micro-batch {k} were taken back"
-            ) from error
-        return True, None
-
-    def release(self) -> bool:
-        """Give back memory that is only held to be faster, for somebody between two steps; whether there was any."""
-        if self._graph is None or not self._graph.recorded:
-            return False
-        self._forget_graph()
-        self._free()
-        return True
-
-    def _give_up_graph(self) -> None:
-        """A recording holds memory between its replays, of which there is not enough."""
-        gradients = {n: None if p.grad is None else p.grad.clone() for n, p in self.floats.items()}
-        self._forget_graph()
-        self._graph = None
-        self._free()
-        for name, parameter in self.floats.items():
-            parameter.grad = gradients[name]
-        self.events.append(("cuda_graphs", {"state": "off", "reason": "out of memory"}))
-
-    def _take_back(self, batch: Batch, k: int, weight: float) -> None:
-        """Retract what the micro-batch has cast, by the same computation, the second time with activations kept in the
-        memory of the CPU.
-
-        Raises:
-            VotesLost: memory ran out again before everything was taken back.
-        """
-        for place in (contextlib.nullcontext, torch.autograd.graph.save_on_cpu):
-            if self.ballot.torn:
-                break
-            if self.ballot.standing:
-                with place():
-                    self._guarded(lambda: self._backward("retract", batch, k, weight))
-            if not self.ballot.standing and not self.ballot.torn:
-                return
-        raise VotesLost(f"step {self.done}: memory ran out, and again while votes of micro-batch {k} were taken back")
 
     def _apply(self, rate: float, count: int) -> dict[str, Movement]:
         try:
@@ -497,24 +300,6 @@ class VoteTrainer:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    def _guarded(self, function: Callable[[], float]) -> float | None:
-        """The function's value, or None where memory ran out; without a watch that is raised."""
-        try:
-            return function()
-        except Exception as error:
-            if self.watch is None or not is_out_of_memory(error):
-                raise
-        # Only here are the exception and the tensors in its frames gone.
-        self._free()
-        return None
-
-    @staticmethod
-    def _free() -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        trim_memory()
-
     def _probe(self, events: list[tuple[str, dict[str, Any]]]) -> None:
         """Run a full row of answers forward and backward with weight gradients that nobody counts, in ever smaller
         shapes until one fits."""
@@ -525,10 +310,7 @@ class VoteTrainer:
             batch = Batch(
                 ids.contiguous(), ids.contiguous(), torch.arange(shape.seq_len).expand_as(ids), 1, tokens, tokens
             )
-            fits = self._guarded(partial(self._backward, "probe", batch, 0, 1 / tokens))
-            self.ballot.close()
-            self._clear_gradients()
-            if fits is not None:
+            if self.caster.fits(batch, Turn(self.done, 0, shape.grad_accum, 1 / tokens)):
                 self._probed = True
                 return
             self._shrink(events, "probe")
@@ -556,7 +338,7 @@ class VoteTrainer:
                 raise TrainError(
                     f"{before} do not fit into memory ({where}), {shape} not into the rule: {error}"
                 ) from error
-        self._forget_graph()
+        self.caster.forget_recording()
         self.batches.resize(shape.seq_len, shape.batch_size)
         events.append(("out_of_memory", {"where": where, "from": str(before), "to": str(shape)}))
 
@@ -626,7 +408,7 @@ class VoteTrainer:
         self._restore_votes(checkpoint["votes"])
 
     def _restore_votes(self, votes: dict[str, dict[str, torch.Tensor]]) -> None:
-        self._forget_graph()
+        self.caster.forget_recording()
         for name, grid in self.grids.items():
             grid.load_vote_state(votes.get(name, {}))
         if self.watch is None:

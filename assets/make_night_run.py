@@ -78,9 +78,10 @@ class Accidents:
     """Plants what goes wrong inside the trainer's process."""
 
     def __init__(self) -> None:
+        import vote_casting
         import vote_trainer
 
-        self.loss = vote_trainer.answer_loss
+        self.loss = vote_casting.answer_loss
         self.step = vote_trainer.VoteTrainer.step
         self.trainer: Any = None
         self.base = self.peak = 0
@@ -92,9 +93,9 @@ class Accidents:
             accidents.trainer = trainer
             return accidents.one_step(trainer)
 
-        patched: Any = vote_trainer
-        patched.VoteTrainer.step = step
-        patched.answer_loss = self.answer_loss
+        patched: tuple[Any, Any] = vote_trainer, vote_casting
+        patched[0].VoteTrainer.step = step
+        patched[1].answer_loss = self.answer_loss
 
     def one_step(self, trainer: Any) -> Any:
         """A step, under a limit while the neighbour is there; its use of memory is watched just before."""

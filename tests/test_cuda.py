@@ -23,6 +23,7 @@ from night_watch import NightWatch
 from packed_batches import Batch
 from qwen_prime_wrapper import copy_tensors, model_tensors
 from training_recipe import Recipe
+from vote_casting import Turn
 from vote_trainer import VoteTrainer
 
 CARD = torch.cuda.is_available()
@@ -301,14 +302,14 @@ def test_two_recorded_runs_are_bit_for_bit_the_same(rule: str, watched: bool) ->
     for _ in range(4):
         losses = [t.step().loss for t in trainers]
         assert losses[0] == losses[1] and math.isfinite(losses[0])
-    assert all(t._graph is not None and t._graph.recorded for t in trainers)
+    assert all(t.caster.graph is not None and t.caster.graph.recorded for t in trainers)
     states = [state_of(t) for t in trainers]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def unrecorded(trainer: VoteTrainer) -> VoteTrainer:
     """The same trainer, who queues every micro-batch anew."""
-    trainer._recordable = lambda batch: False  # type: ignore[method-assign]
+    trainer.caster.recordable = lambda batch: False  # type: ignore[method-assign]
     return trainer
 
 
@@ -319,8 +320,8 @@ def test_a_recorded_run_is_bit_for_bit_one_that_is_not(rule: str, watched: bool)
     recorded, ordinary = trainer_of("on", rule, watched=watched), unrecorded(trainer_of("on", rule, watched=watched))
     for _ in range(4):
         assert recorded.step().loss == ordinary.step().loss
-    assert recorded._graph is not None and recorded._graph.recorded
-    assert ordinary._graph is not None and not ordinary._graph.recorded
+    assert recorded.caster.graph is not None and recorded.caster.graph.recorded
+    assert ordinary.caster.graph is not None and not ordinary.caster.graph.recorded
     a, b = state_of(recorded), state_of(ordinary)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -337,7 +338,7 @@ def test_other_models_types_and_shapes_are_recorded_to_the_same_bits(changes: di
     unrecorded(ordinary)
     for _ in range(4):
         assert recorded.step().loss == ordinary.step().loss
-    assert recorded._graph is not None and recorded._graph.recorded
+    assert recorded.caster.graph is not None and recorded.caster.graph.recorded
     a, b = state_of(recorded), state_of(ordinary)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -354,7 +355,7 @@ def test_a_return_to_a_checkpoint_is_the_same_with_recordings_and_without() -> N
         trainer.roll_back(content)
         for _ in range(3):
             trainer.step()
-    assert recorded._graph is not None and recorded._graph.recorded and recorded.done == 5
+    assert recorded.caster.graph is not None and recorded.caster.graph.recorded and recorded.done == 5
     a, b = state_of(recorded), state_of(ordinary)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -365,7 +366,7 @@ def test_without_recordings_the_votes_are_nearly_the_same() -> None:
     recorded, ordinary = trainer_of("on"), trainer_of("off")
     for _ in range(4):
         assert recorded.step().loss == pytest.approx(ordinary.step().loss, rel=1e-3)
-    assert ordinary._graph is None
+    assert ordinary.caster.graph is None
     a, b = state_of(recorded), state_of(ordinary)
     weights = {k: t for k, t in a.items() if k.endswith("indices")}
     differing = sum(int((t != b[k]).sum()) for k, t in weights.items())
@@ -409,8 +410,8 @@ def test_the_watch_finds_the_same_in_recorded_micro_batches(count: int) -> None:
             mine, other = grid.hearing, ordinary.grids[name].hearing
             assert grid.heard and mine.followed.share == pytest.approx(other.followed.share, abs=1e-3)
             assert mine.obeyed.share == pytest.approx(other.obeyed.share, abs=1e-3)
-    assert recorded._graph is not None and recorded._graph.recorded
-    assert len(recorded._graph._graphs) == {1: 1, 2: 2, 5: 3}[count]
+    assert recorded.caster.graph is not None and recorded.caster.graph.recorded
+    assert len(recorded.caster.graph._graphs) == {1: 1, 2: 2, 5: 3}[count]
 
 
 @needs_card
@@ -420,23 +421,23 @@ def test_a_recorded_micro_batch_that_is_not_finite_leaves_no_trace(watched: bool
     trainer = trainer_of("on", watched=watched)
     trainer.step()
     trainer.step()
-    assert trainer._graph is not None and trainer._graph.recorded
+    assert trainer.caster.graph is not None and trainer.caster.graph.recorded
     trainer.ballot.open("cast", trainer.done, 2, 5)
     batch = next(trainer.batches)
     before = state_of(trainer)
-    assert math.isfinite(cast(float, trainer._cast(batch, 2, 1.0)))
+    assert math.isfinite(cast(float, trainer.caster.cast(batch, Turn(trainer.done, 2, trainer.shape.grad_accum, 1.0))))
     assert not torch.equal(state_of(trainer)["model.embed_tokens.grid.votes"], before["model.embed_tokens.grid.votes"])
     # A scale that is no number: neither is the loss.
     grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
     scale = grid.scale.clone()
     before, gradients = state_of(trainer), {n: p.grad.clone() for n, p in trainer.floats.items()}
     grid.scale.fill_(math.nan)
-    assert trainer._cast(batch, k, 1.0) is None
+    assert trainer.caster.cast(batch, Turn(trainer.done, k, trainer.shape.grad_accum, 1.0)) is None
     grid.scale.copy_(scale)
     after = state_of(trainer)
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(torch.equal(gradients[n], p.grad) for n, p in trainer.floats.items())
-    assert math.isfinite(cast(float, trainer._cast(batch, k, 1.0)))
+    assert math.isfinite(cast(float, trainer.caster.cast(batch, Turn(trainer.done, k, trainer.shape.grad_accum, 1.0))))
 
 
 @needs_card
@@ -450,7 +451,7 @@ def test_where_memory_is_short_nothing_is_recorded_and_the_run_goes_on(monkeypat
     for _ in range(3):
         result, wanted = trainer.step(), other.step()
         assert result.loss == wanted.loss
-    assert trainer._graph is None
+    assert trainer.caster.graph is None
     a, b = state_of(trainer), state_of(other)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -460,8 +461,8 @@ def test_memory_that_really_runs_out_while_something_is_recorded_costs_the_recor
     """The limit is set when the first recording begins: what is in use, and a little."""
     trainer, other = trainer_of("on", watched=True), unrecorded(trainer_of("on", watched=True))
     total = torch.cuda.get_device_properties(0).total_memory
-    assert trainer._graph is not None
-    prepare, limited = trainer._graph._prepare, []
+    assert trainer.caster.graph is not None
+    prepare, limited = trainer.caster.graph._prepare, []
 
     def under_a_limit(example: Any) -> Any:
         memory = prepare(example)
@@ -475,8 +476,8 @@ def test_memory_that_really_runs_out_while_something_is_recorded_costs_the_recor
         torch.cuda.set_per_process_memory_fraction(1.0)
         release()
 
-    release, trainer._graph._prepare = trainer._free, under_a_limit  # type: ignore[method-assign]
-    trainer._free = free_again  # type: ignore[method-assign]
+    release, trainer.caster.graph._prepare = trainer.caster.free, under_a_limit  # type: ignore[method-assign]
+    trainer.caster.free = free_again  # type: ignore[method-assign]
     events = []
     try:
         for _ in range(3):

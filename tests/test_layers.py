@@ -60,6 +60,7 @@ FLOORS = {
     "qwen_prime_wrapper": 6,
     "night_shift": 6,
     "micro_batch_graph": 6,
+    "vote_casting": 7,
     "training_data": 7,
     "night_watch": 7,
     "vote_trainer": 8,

@@ -24,6 +24,7 @@ from night_watch import NightWatch, StepResult
 from packed_batches import Batch
 from qwen_prime_wrapper import answer_loss, model_tensors
 from training_recipe import Recipe
+from vote_casting import Turn
 from vote_trainer import VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,10 +176,10 @@ def trainer_of(played: bool, rule: str, count: int, watched: bool, *, tied: bool
     trainer = VoteTrainer(model, cast(Any, Texts(4096, TOKENS, rows)), recipe, watch if watched else None)
     trainer.ballot.backend = "cuda"
     trainer.ballot.marks = torch.zeros(len(trainer.grids), dtype=torch.int32)
-    trainer._arranges = True
+    trainer.caster._arranges = True
     if played:
         settings: Any = ("float32", None)
-        trainer._graph = PlayedByHand(model, trainer.ballot, trainer.grids, trainer.floats, *settings)
+        trainer.caster.graph = PlayedByHand(model, trainer.ballot, trainer.grids, trainer.floats, *settings)
     return trainer
 
 
@@ -210,7 +211,7 @@ def test_a_run_with_recordings_is_bit_for_bit_one_without(
         assert a.flips == b.flips and a.verdict == b.verdict
         for name, grid in recorded.grids.items():
             assert grid.heard and torch.equal(grid.hearing.sums, ordinary.grids[name].hearing.sums)
-    assert recorded._graph is not None and recorded._graph.recorded
+    assert recorded.caster.graph is not None and recorded.caster.graph.recorded
     x, y = state_of(recorded), state_of(ordinary)
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
@@ -225,7 +226,7 @@ def test_other_heads_and_several_rows_are_recorded_to_the_same_bits(
     for _ in range(4):
         a, b = recorded.step(), ordinary.step()
         assert a.loss == b.loss and a.flips == b.flips and a.verdict == b.verdict
-    assert recorded._graph is not None and recorded._graph.recorded
+    assert recorded.caster.graph is not None and recorded.caster.graph.recorded
     assert ("lm_head.grid" in recorded.grids) is not tied
     x, y = state_of(recorded), state_of(ordinary)
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
@@ -241,14 +242,14 @@ def test_a_return_to_a_checkpoint_leaves_nothing_recorded_of_what_was_led_astray
         # At a save nothing is shared with what goes on.
         kept.append(copy.deepcopy(trainer_content(trainer)))
         trainer.step()
-    assert recorded._graph is not None and recorded._graph.recorded
+    assert recorded.caster.graph is not None and recorded.caster.graph.recorded
     for trainer, content in zip((recorded, ordinary), kept, strict=True):
         trainer.roll_back(content)
         assert trainer.done == 2
     for _ in range(3):
         a, b = recorded.step(), ordinary.step()
         assert a.loss == b.loss and a.flips == b.flips
-    assert recorded._graph.recorded
+    assert recorded.caster.graph.recorded
     x, y = state_of(recorded), state_of(ordinary)
     assert all(torch.equal(x[k], y[k]) for k in x)
 
@@ -268,17 +269,17 @@ def test_memory_that_breaks_a_recording_off_is_called_that_whatever_its_end_says
 
     trainer = trainer_of(True, "momentum", 2, True)
     trainer.step()
-    assert trainer._graph is not None and trainer._graph._memory is not None
+    assert trainer.caster.graph is not None and trainer.caster.graph._memory is not None
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
 
     def short(memory: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    trainer._graph._passes = short  # type: ignore[method-assign]
-    trainer._graph._graphs = {}
+    trainer.caster.graph._passes = short  # type: ignore[method-assign]
+    trainer.caster.graph._graphs = {}
     with pytest.raises(torch.OutOfMemoryError):
-        MicroBatchGraph._record(trainer._graph, trainer._graph._memory)
+        MicroBatchGraph._record(trainer.caster.graph, trainer.caster.graph._memory)
 
 
 def trainer_content(trainer: VoteTrainer) -> dict[str, Any]:
@@ -298,12 +299,12 @@ def test_what_is_not_finite_is_taken_back(k: int, watched: bool, without_a_card:
     grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
     scale = grid.scale.clone()
     grid.scale[3] = math.nan
-    assert trainer._cast(batch, k, 1.0) is None
+    assert trainer.caster.cast(batch, Turn(trainer.done, k, trainer.shape.grad_accum, 1.0)) is None
     grid.scale.copy_(scale)
     after = state_of(trainer)
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert all(torch.equal(gradients[n], cast(Any, p.grad)) for n, p in trainer.floats.items())
-    assert math.isfinite(cast(float, trainer._cast(batch, k, 1.0)))
+    assert math.isfinite(cast(float, trainer.caster.cast(batch, Turn(trainer.done, k, trainer.shape.grad_accum, 1.0))))
     assert not torch.equal(state_of(trainer)["model.embed_tokens.grid.votes"], before["model.embed_tokens.grid.votes"])
 
 
@@ -329,35 +330,35 @@ def test_one_gradient_that_is_not_finite_under_a_sound_loss_is_marked_and_taken_
     trainer.ballot.open("cast", trainer.done, 0, 4)
     before, gradients = state_of(trainer), {n: cast(Any, p.grad) for n, p in trainer.floats.items()}
     gradients = {n: None if g is None else g.clone() for n, g in gradients.items()}
-    assert trainer._cast(batch, k, 1.0) is None
+    assert trainer.caster.cast(batch, Turn(trainer.done, k, trainer.shape.grad_accum, 1.0)) is None
     assert set(trainer.ballot.non_finite) == {name}
     after = state_of(trainer)
     assert all(torch.equal(before[n], after[n]) for n in before)
     for n, p in trainer.floats.items():
         assert (gradients[n] is None and p.grad is None) or torch.equal(cast(Any, gradients[n]), cast(Any, p.grad))
     broken[0] = False
-    assert math.isfinite(cast(float, trainer._cast(batch, k, 1.0)))
+    assert math.isfinite(cast(float, trainer.caster.cast(batch, Turn(trainer.done, k, trainer.shape.grad_accum, 1.0))))
     assert not torch.equal(state_of(trainer)[f"{name}.votes"], before[f"{name}.votes"])
 
 
 def step_with_a_broken_first(trainer: VoteTrainer) -> StepResult:
     """A step whose first micro-batch is no number."""
     grid = trainer.grids["model.layers.1.mlp.down_proj.grid"]
-    scale, cast_ = grid.scale.clone(), trainer._cast
+    scale, cast_ = grid.scale.clone(), trainer.caster.cast
 
-    def first_breaks(batch: Batch, k: int, weight: float) -> Any:
-        if k == 0:
+    def first_breaks(batch: Batch, turn: Turn) -> Any:
+        if turn.number == 0:
             grid.scale[0] = math.nan
         try:
-            return cast_(batch, k, weight)
+            return cast_(batch, turn)
         finally:
             grid.scale.copy_(scale)
 
-    trainer._cast = first_breaks  # type: ignore[method-assign]
+    trainer.caster.cast = first_breaks  # type: ignore[method-assign]
     try:
         return trainer.step()
     finally:
-        trainer._cast = cast_  # type: ignore[method-assign]
+        trainer.caster.cast = cast_  # type: ignore[method-assign]
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
@@ -377,7 +378,7 @@ def test_what_later_micro_batches_are_compared_with_is_never_made_while_recordin
     came there."""
     trainer = trainer_of(True, "momentum", 4, True)
     trainer.step()
-    trainer._forget_graph()
+    trainer.caster.forget_recording()
     for grid in trainer.grids.values():
         grid._looked_at.clear()
     record, recorded = PlayedByHand._record, []
@@ -408,6 +409,6 @@ def test_where_memory_runs_out_while_recording_the_run_goes_on_to_the_same_bits(
         a, b = short.step(), ordinary.step()
         events += a.events
         assert a.loss == b.loss
-    assert ("cuda_graphs", {"state": "off", "reason": "out of memory"}) in events and short._graph is None
+    assert ("cuda_graphs", {"state": "off", "reason": "out of memory"}) in events and short.caster.graph is None
     x, y = state_of(short), state_of(ordinary)
     assert all(torch.equal(x[k], y[k]) for k in x)

@@ -24,7 +24,8 @@ from packed_batches import Batch, PackedBatches
 from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from training_recipe import Recipe, TrainError
-from vote_trainer import StepPaused, VotesLost, VoteTrainer
+from vote_casting import Turn, VoteCaster, VotesLost
+from vote_trainer import StepPaused, VoteTrainer
 
 RECIPE = Recipe(steps=12, grad_accum=3, lr=4e-3, warmup=1, gradient_checkpointing=False, device="cpu")
 SEQUENCE = 32
@@ -221,13 +222,13 @@ def numbers(result: StepResult) -> tuple[Any, ...]:
 
 def break_losses(monkeypatch: pytest.MonkeyPatch, places: set[tuple[int, int]]) -> None:
     """Losses that are not a number, at (step, micro-batch)."""
-    loss = VoteTrainer._loss
+    loss = VoteCaster.loss
 
-    def broken(self: VoteTrainer, batch: Batch) -> torch.Tensor:
-        at = (self.done, self.ballot.micro_batch)
+    def broken(self: VoteCaster, batch: Batch) -> torch.Tensor:
+        at = (self.ballot.step, self.ballot.micro_batch)
         return loss(self, batch) * (torch.nan if at in places else 1.0)
 
-    monkeypatch.setattr(VoteTrainer, "_loss", broken)
+    monkeypatch.setattr(VoteCaster, "loss", broken)
 
 
 def asked_twice() -> Callable[[], bool]:
@@ -351,22 +352,22 @@ def test_a_micro_batch_that_runs_out_of_memory_leaves_no_trace(
     trainer.step()
     batches = [next(trainer.batches) for _ in range(2)]
     shortage = Shortage(monkeypatch, trainer)
-    trainer._backward("probe", batches[1], 1, 0.01)
+    trainer.caster.backward("probe", batches[1], Turn(trainer.done, 1, trainer.shape.grad_accum, 0.01))
     calls = shortage.calls["probe"]
     assert calls > 25
     trainer.optimizer.zero_grad(set_to_none=True)
-    assert trainer._cast(batches[0], 0, 0.01) is not None
+    assert trainer.caster.cast(batches[0], Turn(trainer.done, 0, trainer.shape.grad_accum, 0.01)) is not None
     before = integers(trainer)
     grads = {n: p.grad.clone() for n, p in trainer.floats.items() if p.grad is not None}
     for place in [1, 2, 9, calls // 2, calls - 1, calls]:
         for again in ([], [1], [max(1, place - 1)]):
             shortage.at(cast=[place], retract=again)
-            assert trainer._cast(batches[1], 1, 0.01) == "memory"
+            assert trainer.caster.cast(batches[1], Turn(trainer.done, 1, trainer.shape.grad_accum, 0.01)) == "memory"
             assert integers(trainer) == before, (place, again)
             for name, gradient in grads.items():
                 assert torch.equal(trainer.floats[name].grad, gradient)  # type: ignore[arg-type]
     shortage.at()
-    assert trainer._cast(batches[1], 1, 0.01) is not None
+    assert trainer.caster.cast(batches[1], Turn(trainer.done, 1, trainer.shape.grad_accum, 0.01)) is not None
     assert integers(trainer) != before
 
 

@@ -31,6 +31,7 @@ from packed_batches import Batch
 from prime_checkpoint import load_checkpoint, walk_tensors
 from qwen_prime_wrapper import copy_tensors, model_from_checkpoint, model_tensors
 from training_recipe import Recipe, TrainError
+from vote_casting import Turn
 from vote_trainer import VoteTrainer
 from whisper_rules import StochasticRule, SupermajorityRule
 
@@ -500,9 +501,9 @@ def put_back(trainer: VoteTrainer, content: dict[str, Any]) -> None:
 
 def leave_out(trainer: VoteTrainer, missing: set[int], patch: pytest.MonkeyPatch) -> None:
     """Some micro-batches of a step neither measure nor vote."""
-    cast, measure = trainer._cast, trainer._measure
-    patch.setattr(trainer, "_cast", lambda batch, k, weight: None if k in missing else cast(batch, k, weight))
-    patch.setattr(trainer, "_measure", lambda *given: None if 0 in missing else measure(*given))
+    cast, measure = trainer.caster.cast, trainer.caster.measure
+    patch.setattr(trainer.caster, "cast", lambda batch, turn: None if turn.number in missing else cast(batch, turn))
+    patch.setattr(trainer.caster, "measure", lambda *given: None if 0 in missing else measure(*given))
 
 
 POISONS = ("nan", "inf", "-inf", "overflow")
@@ -669,6 +670,9 @@ def test_a_masked_micro_batch_casts_nothing(checkpoints: dict[str, dict[str, Any
         before = copy.deepcopy(state_of(trainer))
         trainer.batches.masked = {3}  # type: ignore[attr-defined]
         batch = next(trainer.batches)
-        assert trainer._cast(batch, 0, 1.0) == 0.0 and not trainer.ballot.non_finite
+        assert (
+            trainer.caster.cast(batch, Turn(trainer.done, 0, trainer.shape.grad_accum, 1.0)) == 0.0
+            and not trainer.ballot.non_finite
+        )
         assert all(p.grad is None or not p.grad.any() for p in trainer.floats.values())
         assert same(state_of(trainer), before)

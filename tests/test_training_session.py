@@ -24,6 +24,7 @@ from prime_telemetry import read_lines
 from run_folder import RunFolder
 from text_records import DataError
 from training_session import Session
+from vote_casting import Turn, VoteCaster
 from vote_trainer import VoteTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -200,19 +201,19 @@ def test_what_a_step_came_to_before_its_votes_were_lost_is_told(
     quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its probe had made it smaller already."""
-    backward, lost = VoteTrainer._backward, []
+    backward, lost = VoteCaster.backward, []
 
-    def failing(self: VoteTrainer, mode: str, batch: Batch, k: int, weight: float) -> float:
+    def failing(self: VoteCaster, mode: str, batch: Batch, turn: Turn) -> float:
         if mode == "probe" and batch.input_ids.shape[0] > 2:
             raise torch.OutOfMemoryError("a test")
-        nats = backward(self, mode, batch, k, weight)
+        nats = backward(self, mode, batch, turn)
         if mode == "cast" and not lost:
             lost.append(True)
             self.ballot.torn = True
             raise torch.OutOfMemoryError("a test")
         return nats
 
-    monkeypatch.setattr(VoteTrainer, "_backward", failing)
+    monkeypatch.setattr(VoteCaster, "backward", failing)
     assert train.main(replace(quick, batch_size=4)) == 0
     told = [(e["where"], e["to"]) for e in events(quick, "out_of_memory")]
     assert told == [("probe", "4 x 2 x 64 tokens"), ("votes were lost", "8 x 1 x 64 tokens")]
@@ -221,14 +222,14 @@ def test_what_a_step_came_to_before_its_votes_were_lost_is_told(
 def test_a_shape_that_the_rule_cannot_count_ends_the_run_and_its_events_say_why(
     quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    backward = VoteTrainer._backward
+    backward = VoteCaster.backward
 
-    def failing(self: VoteTrainer, mode: str, batch: Batch, k: int, weight: float) -> float:
+    def failing(self: VoteCaster, mode: str, batch: Batch, turn: Turn) -> float:
         if batch.input_ids.shape[0] == 2:
             raise torch.OutOfMemoryError("a test")
-        return backward(self, mode, batch, k, weight)
+        return backward(self, mode, batch, turn)
 
-    monkeypatch.setattr(VoteTrainer, "_backward", failing)
+    monkeypatch.setattr(VoteCaster, "backward", failing)
     assert command(replace(quick, batch_size=2, grad_accum=300, eval_every=0)) == 1
     assert "at most 512 micro-batches" in the_error(capsys.readouterr().err)
     assert events(quick)[-1]["event"] == "failed" and "at most 512" in events(quick)[-1]["reason"]
@@ -261,17 +262,17 @@ def test_a_signal_at_the_end_of_a_step_waits_for_no_look(
     config = replace(quick, sample_every=2, core_eval=True)
     whole = replace(config, output_dir=tmp_path / "whole")
     assert train.main(whole) == 0
-    cast = VoteTrainer._cast
+    cast = VoteCaster.cast
     done: list[str] = []
 
-    def signalled(self: VoteTrainer, batch: Batch, k: int, weight: float) -> Any:
-        if (self.done, k) == (1, 1):
+    def signalled(self: VoteCaster, batch: Batch, turn: Turn) -> Any:
+        if (turn.step, turn.number) == (1, 1):
             os.kill(os.getpid(), signal.SIGTERM)
             done.append("signal")
-        return cast(self, batch, k, weight)
+        return cast(self, batch, turn)
 
     with monkeypatch.context() as patch:
-        patch.setattr(VoteTrainer, "_cast", signalled)
+        patch.setattr(VoteCaster, "cast", signalled)
         for name in ("evaluate", "sample", "assess"):
             patch.setattr(Session, name, noted(name, getattr(Session, name), done))
         assert train.main(config) == 0
@@ -392,20 +393,20 @@ def test_a_report_names_the_type_that_it_was_made_in(quick: train.TrainConfig) -
 def test_an_evaluation_has_as_many_rows_at_a_time_as_there_is_room_for(
     quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward, score = VoteTrainer._backward, training_session.mean_answer_loss
+    backward, score = VoteCaster.backward, training_session.mean_answer_loss
     rows: list[int] = []
 
-    def failing(self: VoteTrainer, mode: str, batch: Batch, k: int, weight: float) -> float:
+    def failing(self: VoteCaster, mode: str, batch: Batch, turn: Turn) -> float:
         if batch.input_ids.shape[0] > 1:
             raise torch.OutOfMemoryError("a test")
-        return backward(self, mode, batch, k, weight)
+        return backward(self, mode, batch, turn)
 
     def looking(model: Any, batches: Iterator[Batch]) -> Any:
         found = list(batches)
         rows.append(max(len(b.input_ids) for b in found))
         return score(model, iter(found))
 
-    monkeypatch.setattr(VoteTrainer, "_backward", failing)
+    monkeypatch.setattr(VoteCaster, "backward", failing)
     monkeypatch.setattr(training_session, "mean_answer_loss", looking)
     assert train.main(replace(quick, batch_size=4)) == 0
     assert rows[0] > 1 and rows[1:] == [1, 1]

@@ -237,13 +237,13 @@ def cut_off(trainer: VoteTrainer, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def a_loss_of_something_else(trainer: VoteTrainer, monkeypatch: pytest.MonkeyPatch) -> str:
     """The loss hangs on a bias alone; every matrix is open and none of them matters."""
-    import vote_trainer
+    import vote_casting
 
     def other(model: Any, *rest: Any) -> tuple[torch.Tensor, int]:
         _, count = answer_loss(model, *rest)
         return model.model.layers[0].self_attn.q_proj.bias.square().sum() * count, count
 
-    monkeypatch.setattr(vote_trainer, "answer_loss", other)
+    monkeypatch.setattr(vote_casting, "answer_loss", other)
     return "model."
 
 

@@ -21,6 +21,7 @@ from prime_checkpoint import load_checkpoint, tensor_sha256, walk_tensors
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from text_records import read_records
 from training_recipe import DEFAULT_RATE, Recipe, TrainError, default_rate, learning_rate
+from vote_casting import Turn
 from vote_rules import RULES
 from vote_trainer import VoteTrainer
 
@@ -140,7 +141,7 @@ def test_each_rule_learns_and_shuffled_targets_do_not_help(bench: Bench, name: s
             vote_rule=name, steps=12, lr=3e-3 if whisper else 8e-3, grad_accum=8, schedule="constant"
         )
         generator = torch.Generator().manual_seed(1)
-        loss = trainer._loss
+        loss = trainer.caster.loss
 
         def shuffled(batch: Batch, loss: Any = loss, generator: torch.Generator = generator) -> torch.Tensor:
             labels = batch.labels.clone()
@@ -152,7 +153,7 @@ def test_each_rule_learns_and_shuffled_targets_do_not_help(bench: Bench, name: s
         tokens = sum(b.answer_tokens for _, b in held)
         before = float(sum(loss(b).detach() for _, b in held)) / tokens
         if kind == "random":
-            trainer._loss = shuffled  # type: ignore[method-assign]
+            trainer.caster.loss = shuffled  # type: ignore[method-assign]
         for _ in range(12):
             trainer.step()
         losses[kind] = float(sum(loss(b).detach() for _, b in held)) / tokens - before
@@ -185,15 +186,13 @@ def test_the_order_in_which_micro_batches_run_changes_no_bit_of_words_and_votes(
     for order in (range(6), [3, 5, 0, 2, 4, 1]):
         trainer = bench.trainer(vote_rule=name)
         trainer.step()
-        cast, waiting = trainer._cast, []
+        cast, waiting = trainer.caster.cast, []
 
-        def in_turn(
-            batch: Batch, k: int, weight: float, cast: Any = cast, waiting: Any = waiting, order: Any = order
-        ) -> float:
-            waiting.append((batch, k, weight))
+        def in_turn(batch: Batch, turn: Turn, cast: Any = cast, waiting: Any = waiting, order: Any = order) -> float:
+            waiting.append((batch, turn))
             return sum(cast(*waiting[i]) for i in order) if len(waiting) == 6 else 0.0
 
-        trainer._cast = in_turn  # type: ignore[method-assign]
+        trainer.caster.cast = in_turn  # type: ignore[method-assign]
         trainer.step()
         prints.append(integers(trainer))
         floats.append([p.detach().clone() for p in trainer.floats.values()])
@@ -208,14 +207,14 @@ def test_a_micro_batch_that_is_not_finite_leaves_no_trace(bench: Bench, name: st
     trainer, control = bench.trainer(vote_rule=name), bench.trainer(vote_rule=name)
     trainer.step()
     control.step()
-    loss, cast = trainer._loss, control._cast
+    loss, cast = trainer.caster.loss, control.caster.cast
 
     def poisoned(batch: Batch) -> torch.Tensor:
         value = loss(batch)
         return value * torch.nan if where == "loss" and trainer.ballot.micro_batch == 1 else value
 
-    def skipping(batch: Batch, k: int, weight: float) -> float | None:
-        return None if k == 1 else cast(batch, k, weight)
+    def skipping(batch: Batch, turn: Turn) -> float | None:
+        return None if turn.number == 1 else cast(batch, turn)
 
     voted = []
 
@@ -226,7 +225,7 @@ def test_a_micro_batch_that_is_not_finite_leaves_no_trace(bench: Bench, name: st
         return output
 
     hook = trainer.model.model.layers[0].register_forward_hook(explode) if where == "middle" else None
-    trainer._loss, control._cast = poisoned, skipping  # type: ignore[method-assign]
+    trainer.caster.loss, control.caster.cast = poisoned, skipping  # type: ignore[method-assign]
     result, wanted = trainer.step(), control.step()
     if hook:
         hook.remove()
@@ -241,24 +240,24 @@ def test_a_step_without_a_finite_micro_batch_moves_nothing(bench: Bench, name: s
     trainer = bench.trainer(vote_rule=name)
     trainer.step()
     before = integers(trainer), hashes(trainer.floats)
-    loss = trainer._loss
-    trainer._loss = lambda batch: loss(batch) * torch.nan  # type: ignore[method-assign]
+    loss = trainer.caster.loss
+    trainer.caster.loss = lambda batch: loss(batch) * torch.nan  # type: ignore[method-assign]
     result = trainer.step()
     assert result.skipped == 6 and result.moved == {} and result.loss != result.loss
     assert (integers(trainer), hashes(trainer.floats)) == before
-    trainer._loss = loss  # type: ignore[method-assign]
+    trainer.caster.loss = loss  # type: ignore[method-assign]
     assert trainer.step().skipped == 0
 
 
 def test_a_first_micro_batch_that_is_not_finite_measures_nothing(bench: Bench) -> None:
     """The grids go on waiting for their yardstick, and the next step gives it."""
     trainer = bench.trainer()
-    loss = trainer._loss
-    trainer._loss = lambda batch: loss(batch) * torch.nan  # type: ignore[method-assign]
+    loss = trainer.caster.loss
+    trainer.caster.loss = lambda batch: loss(batch) * torch.nan  # type: ignore[method-assign]
     before = integers(trainer)
     trainer.step()
     assert integers(trainer) == before and all(g.waiting for g in trainer.grids.values())
-    trainer._loss = loss  # type: ignore[method-assign]
+    trainer.caster.loss = loss  # type: ignore[method-assign]
     trainer.step()
     assert not any(g.waiting for g in trainer.grids.values()) and integers(trainer) != before
 
@@ -523,7 +522,7 @@ def test_random_targets_do_not_help_the_held_out_loss(coder: dict[str, dict[str,
         trainer = VoteTrainer(model_from_checkpoint(checkpoint), batches, recipe)
         held = [next(trainer.batches) for _ in range(2)]
         generator = torch.Generator().manual_seed(1)
-        loss = trainer._loss
+        loss = trainer.caster.loss
 
         def shuffled(batch: Batch, loss: Any = loss, generator: torch.Generator = generator) -> torch.Tensor:
             labels = batch.labels.clone()
@@ -532,7 +531,7 @@ def test_random_targets_do_not_help_the_held_out_loss(coder: dict[str, dict[str,
             return loss(replace(batch, labels=labels))
 
         if kind == "random":
-            trainer._loss = shuffled  # type: ignore[method-assign]
+            trainer.caster.loss = shuffled  # type: ignore[method-assign]
         before = float(sum(loss(b).detach() for b in held))
         for _ in range(4):
             trainer.step()

@@ -14,7 +14,9 @@ from tiny_models import import_source, tiny_config, write_source
 import manifolds
 import prime_cli
 import qwen_prime_train as train
+import vote_casting
 import vote_trainer
+from vote_casting import Turn, VoteCaster
 
 ARGUMENTS = ["--checkpoint", "x", "--data", "x", "--output-dir", "x"]
 
@@ -78,21 +80,21 @@ def stop_after(steps: int, config: train.TrainConfig) -> None:
 
 def stop_within(step: int, micro_batch: int, config: train.TrainConfig) -> None:
     """Run the script until a signal arrives in the middle of a step."""
-    cast = train.VoteTrainer._cast
+    cast = VoteCaster.cast
 
-    def stopping(self: train.VoteTrainer, batch: Any, k: int, weight: float) -> Any:
-        if (self.done, k) == (step, micro_batch):
+    def stopping(self: VoteCaster, batch: Any, turn: Turn) -> Any:
+        if (turn.step, turn.number) == (step, micro_batch):
             os.kill(os.getpid(), signal.SIGTERM)
-        return cast(self, batch, k, weight)
+        return cast(self, batch, turn)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.VoteTrainer, "_cast", stopping)
+        patch.setattr(VoteCaster, "cast", stopping)
         assert train.main(config) == 0
 
 
 def accident(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Change the loss of a micro-batch while votes are cast: ``change(step, micro_batch)`` is its factor."""
-    plain, step = vote_trainer.answer_loss, vote_trainer.VoteTrainer.step
+    plain, step = vote_casting.answer_loss, vote_trainer.VoteTrainer.step
     now: list[Any] = []
 
     def noted(trainer: vote_trainer.VoteTrainer) -> Any:
@@ -106,4 +108,4 @@ def accident(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
         return value * change(now[0].step, now[0].micro_batch), count
 
     monkeypatch.setattr(vote_trainer.VoteTrainer, "step", noted)
-    monkeypatch.setattr(vote_trainer, "answer_loss", loss)
+    monkeypatch.setattr(vote_casting, "answer_loss", loss)
