@@ -535,5 +535,6 @@ def changed_tensors(checkpoint: dict[str, Any]) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, or its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """An error's message on one line, or its type where it has none; of a long one the beginning, up to a word."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:296].rpartition(' ')[0] or text[:296]} ..."

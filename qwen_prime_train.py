@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import manifolds
 import memory_plan
 import prime_cli
+from answer_masks import EncodedSet
 from ballots import RuleError
 from ghost_core import grids_of
 from ghost_grid import GhostError
@@ -161,6 +162,25 @@ def say_if_disk_is_small(
         )
 
 
+def best_of(state: dict[str, Any], held: EncodedSet | None) -> dict[str, Any] | None:
+    """Step and loss of a resumed run's best checkpoint, unless that loss is of other documents than ``held``."""
+    best, now = state.get("best"), None if held is None else held.fingerprint
+    # Checkpoints of before this was kept have none.
+    if now == state.get("held_out", now):
+        return best
+    lost = (
+        ""
+        if best is None
+        else f", and the best so far, {best['val_loss']:.4f} of step {best['step']}, no longer counts"
+    )
+    log.warning(
+        "other documents are held out than before: losses from here on are not to be compared with those in "
+        "stats.jsonl%s; the --eval-data that the run began with would go on as it was",
+        lost,
+    )
+    return None
+
+
 def print_plan(config: TrainConfig, checkpoint: dict[str, Any]) -> int:
     """Print the budget of the run, and which settings fit; 0 if this one does, else 1."""
     model = build_model(checkpoint["hf_config"], manifold_of(checkpoint), str(config.checkpoint))
@@ -246,7 +266,7 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
                 "future that it had",
                 source.name,
             )
-        best = checkpoint["train_state"].get("best")
+        best = best_of(checkpoint["train_state"], data.held)
         if trainer.done >= config.steps:
             raise TrainError(
                 f"nothing to do: the checkpoint is at step {trainer.done} of {config.steps}; raise --steps"

@@ -147,12 +147,14 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep the folder to this process while the block runs, and clear away what a killed save left in it.
 
-        Creates the folder. Where the system has no such locks (Windows) nothing is locked, and the log says so.
+        Creates the folder, and takes it away again if nothing comes into it. Where the system has no such locks
+        (Windows) nothing is locked, and the log says so.
 
         Raises:
             RunLocked: another process holds it.
             OSError: the folder cannot be written, or its file system has no locks.
         """
+        made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
@@ -169,6 +171,9 @@ class RunFolder:
                     f"{self.folder} belongs to a running process ({_holder(file.read())}): stop it first, or choose "
                     "another folder"
                 ) from error
+            if not os.fstat(file.fileno()).st_nlink:
+                # Between opening and locking: a lock on what has no name keeps nobody out.
+                raise RunLocked(f"{self.folder} was just left by another process: start again")
             file.truncate(0)
             file.write(json.dumps(this_process()))
             file.flush()
@@ -177,6 +182,15 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)
+                if made:
+                    self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        """Remove a folder that was made for a run which was then refused."""
+        if os.listdir(self.folder) == [LOCK]:
+            (self.folder / LOCK).unlink()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _clear(self) -> None:
         """Remove unfinished files of a process that was killed."""

@@ -258,6 +258,7 @@ class Session:
     def _checkpoint(self) -> dict[str, Any]:
         checkpoint = self.trainer.checkpoint(self.base)
         checkpoint["train_state"]["best"] = self.best
+        checkpoint["train_state"]["held_out"] = None if self.held is None else self.held.fingerprint
         checkpoint["created_by"] = created_by("qwen_prime_train.py")
         return checkpoint
 

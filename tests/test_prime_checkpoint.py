@@ -30,6 +30,7 @@ from prime_checkpoint import (
     check_contract,
     check_file,
     load_checkpoint,
+    one_line,
     probe,
     probe_vector,
     save_checkpoint,
@@ -736,3 +737,10 @@ def test_created_by_says_who() -> None:
     made = prime_checkpoint.created_by("importer")
     assert made["program"] == "importer" and made["torch"] == str(torch.__version__)
     assert all(type(value) is str for value in made.values())
+
+
+def test_a_long_message_is_cut_at_a_word() -> None:
+    assert one_line(ValueError("what\n is  wrong")) == "what is wrong" and one_line(KeyError()) == "KeyError"
+    text = one_line(ValueError("word " * 200))
+    assert len(text) <= 300 and text.endswith("word ...")
+    assert one_line(ValueError("x" * 400)) == "x" * 296 + " ..."

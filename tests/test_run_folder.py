@@ -13,7 +13,7 @@ from tiny_models import import_source, tiny_config, write_source
 
 import run_folder
 from prime_checkpoint import load_checkpoint
-from run_folder import RunFolder, run_name
+from run_folder import RunFolder, RunLocked, run_name
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +129,30 @@ def test_without_hard_links_the_best_is_a_copy(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "link", refuse)
     run_folder._link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"content" and not (tmp_path / "a").samefile(tmp_path / "b")
+
+
+def test_a_lock_leaves_a_folder_only_where_there_is_something_in_it(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    empty, used = RunFolder(tmp_path / "empty", "a", 1), RunFolder(tmp_path / "used", "a", 1)
+    with pytest.raises(ValueError), empty.lock():
+        raise ValueError("refused")
+    with pytest.raises(ValueError), used.lock():
+        (used.folder / "stats.jsonl").write_text("{}\n")
+        raise ValueError("broken off")
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+    with used.lock(), pytest.raises(RunLocked, match="running process"), RunFolder(used.folder, "b", 1).lock():
+        pass
+
+
+def test_a_lock_on_what_has_lost_its_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else left, and took the file away, between its being opened and being locked."""
+    fcntl = pytest.importorskip("fcntl")
+    flock, folder = fcntl.flock, tmp_path / "run"
+
+    def late(file: Any, how: int) -> None:
+        (folder / run_folder.LOCK).unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RunLocked, match="just left"), RunFolder(folder, "a", 1).lock():
+        raise AssertionError("never entered")

@@ -445,3 +445,28 @@ def test_a_new_run_does_not_begin_with_an_old_ones_votes(
     words = next(name for name in before if name.endswith("up_proj.grid.indices"))
     old, new = before[words].int(), begun[words].int()
     assert torch.equal(old + 32 >> 6, new >> 6) and not new.remainder(64).any() and not torch.equal(old, new)
+
+
+def test_other_held_out_documents_are_named_and_their_losses_are_not_compared(
+    quick: train.TrainConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The best of before would be compared with losses of other documents."""
+    easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
+    easy.write_text("".join(json.dumps({"text": f"abc {i} abc {i} abc {i}"}) + "\n" for i in range(4)))
+    hard.write_text("".join(json.dumps({"text": f"{i} ^&*zq~ {i * 7919} $#"}) + "\n" for i in range(4)))
+    assert train.main(replace(quick, eval_data=easy)) == 0
+    assert train.main(replace(quick, eval_data=easy, resume=True, steps=6)) == 0
+    assert "other documents" not in caplog.text
+    before = load_checkpoint(RunFolder(quick.output_dir, NAME, 3).best)["train_state"]["best"]
+    assert train.main(replace(quick, eval_data=hard, resume=True, steps=8)) == 0
+    assert f"the best so far, {before['val_loss']:.4f} of step {before['step']}, no longer counts" in caplog.text
+    after = load_checkpoint(RunFolder(quick.output_dir, NAME, 3).best)["train_state"]["best"]
+    assert after["val_loss"] > before["val_loss"] and after["step"] == 8
+
+
+def test_a_start_that_is_refused_leaves_no_folder(quick: train.TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(replace(quick, seq_len=100_000)) == 1
+    assert "the model's context" in the_error(capsys.readouterr().err) and not quick.output_dir.exists()
+    quick.output_dir.mkdir()
+    assert command(replace(quick, seq_len=100_000)) == 1
+    assert quick.output_dir.exists(), "a folder that was there before is somebody's"
