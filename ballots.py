@@ -231,6 +231,9 @@ class Ballot:
     step: int = 0
     micro_batch: int = 0
     micro_batches: int = 1
+    voted: int | None = None
+    """How many micro-batches of the step have votes in the buffers, where others were skipped or did not fit; None:
+    all. Means over micro-batches are over these."""
     mode: str = "closed"
     backend: str | None = None
     non_finite: list[str] = field(default_factory=list)

@@ -235,7 +235,7 @@ class MomentumRule(VoteRule):
     def _fold_rows(self, grid: Grid, state: VoteState, cast_by: torch.Tensor) -> None:
         """Fold the step's row sums, of votes cast by a yardstick, into the rows' running means."""
         yard = cast_by.double()
-        columns, count = grid.indices.shape[1], grid.ballot.micro_batches
+        columns, count = grid.indices.shape[1], grid.ballot.voted or grid.ballot.micro_batches
         squares = state.rows["row_squares"].double() / 4.0 ** (16 - self.units(grid).stat_shift)
         sketch = state.rows["row_sketch"].double() / 2.0**16
         for name, total in (("r2", squares / count), ("g2", (sketch / count).square())):

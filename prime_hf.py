@@ -311,7 +311,7 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
         self.micro_batches = micro_batches
         self.ballot = Ballot(seed=seed, rule=rule if isinstance(rule, VoteRule) else rule_named(rule))
         self.moved: dict[str, Movement] = {}
-        self._count = 0
+        self._count = self._voted = 0
         name_grids(model, self.ballot)
         for grid in self.grids.values():
             self.ballot.rule.check(grid.tables(), micro_batches, grid.uses)
@@ -352,6 +352,7 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
             heard = not all(grid.waiting for grid in waiting)
         if ballot.mode in ("measure", "cast") and heard:
             self._count += 1
+            self._voted += ballot.mode == "cast"
         ballot.standing.clear()
         ballot.non_finite.clear()
 
@@ -371,14 +372,15 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
         self._count_votes()
         self.ballot.close()
         group = self.param_groups[0]
-        self.moved = apply_votes(self.grids, float(group["lr"]), self.vote_decay) if self._count else {}
+        self.ballot.voted = self._voted
+        self.moved = apply_votes(self.grids, float(group["lr"]), self.vote_decay) if self._voted else {}
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         if all(bool(torch.isfinite(g).all()) for g in gradients):
             super().step()
         else:
             log.warning("step %d: a gradient of norms or biases is not finite; they do not move", self.ballot.step)
         self.ballot.step += 1
-        self._count = 0
+        self._count = self._voted = 0
         return loss
 
     def _settings(self) -> dict[str, Any]:

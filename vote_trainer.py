@@ -244,6 +244,7 @@ class VoteTrainer:
         self.ballot.close()
         pressure: dict[str, float] = {}
         if skipped < ran:
+            self.ballot.voted = ran - skipped
             pressure = vote_pressure(self.groups)
             moved = self._apply(rate, count)
         self.caster.clear_gradients()

@@ -135,7 +135,7 @@ class SupermajorityRule(VoteRule):
         state = state_of(grid)
         yard = float(self.yardstick(grid)[0].amax())
         scale = 2.0**vote_units.WHISPER_BITS * yard
-        count = grid.indices.shape[1] * grid.ballot.micro_batches
+        count = grid.indices.shape[1] * (grid.ballot.voted or grid.ballot.micro_batches)
         for mean, total, power in (("r1", "row_sizes", 1), ("r2", "row_squares", 2)):
             value = state.rows[total].double() / (count * scale**power) if yard > 0 else state.rows[mean].double() * 0
             self._fold(state.rows[mean], value)

@@ -236,6 +236,7 @@ def test_a_step_is_measure_cast_and_apply(folders: dict[str, Path]) -> None:
         optimizer.step()
         optimizer.zero_grad()
         ballot.close()
+        ballot.voted = 3 if step == 0 else 4
         moved = apply_votes(grids, 2e-3, 0.1)
         floats.step()
         floats.zero_grad()

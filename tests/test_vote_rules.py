@@ -407,6 +407,28 @@ def test_many_small_micro_batches_vote_like_one_large(name: str) -> None:
     assert np.corrcoef(total[32].ravel(), -signal.ravel())[0, 1] > 0.5
 
 
+@every_rule
+def test_a_step_that_is_cut_short_measures_what_it_saw(rule: VoteRule) -> None:
+    """Two micro-batches of eight, the others skipped, say of rows what the same two say as a step of their own."""
+    gradients = generator(20).standard_normal((8, 1, 6, 400))
+    found = []
+    for kept, voted in ((2, None), (8, 2), (8, None)):
+        grid = new_grid(rule, (6, 400))
+        measure(grid, gradients[0, 0], kept)
+        for k in range(2):
+            grid.ballot.open("cast", 0, k, kept)
+            grid.accept(grid.shared(torch.from_numpy(gradients[k, 0].astype(np.float32))), every_row(grid), 0)
+        grid.ballot.close()
+        grid.ballot.voted = voted
+        grid.apply_votes(0.0)
+        found.append({name: grid.state.rows[name].double().numpy() for name in rule.row_means})
+    whole, short, mistaken = found
+    for name in rule.row_means:
+        # The sketch of a few coarse votes is no exact number.
+        np.testing.assert_allclose(short[name], whole[name], rtol=0.1 if name != "g2" else 0.5)
+        assert (mistaken[name] < 0.97 * short[name]).all()
+
+
 # -- supermajority and stochastic -------------------------------------------------------------------------------------
 
 
