@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -43,6 +44,10 @@ ENCODING = "documents 1"
 
 _MARKER = "\ue000"  # private use: no template contains it, and it grows until no conversation does
 _CHUNK = 256  # records per call of the tokenizer
+_CHARACTERS = 1 << 20  # of them about so many per call: a tokenizer needs hundreds of bytes for each
+_BORDER = re.compile(r"\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")  # behind a line, or before the space of a word
+_AROUND = 400  # characters on either side that prove a border
+_TRIES = 32  # borders that are tried, one after the other
 _SHOWN = 5  # bad rows quoted in a description
 
 
@@ -143,7 +148,8 @@ def encode_conversation(
     Raises ``DataError`` when there is no answer, no template, no character offsets, or when the template does not
     let the answers be located.
     """
-    return _encode_conversations(tokenizer, [tuple(messages)], last_turn_only)[0]
+    ((ids, answer),) = _encode_conversations(tokenizer, [tuple(messages)], last_turn_only)
+    return Encoded(ids.tolist(), answer.tolist())
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
@@ -151,7 +157,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
 
     All tokens are marked. Raises ``DataError`` where the tokenizer has neither.
     """
-    return _encode_texts(tokenizer, [text])[0]
+    ((ids, answer),) = _encode_texts(tokenizer, [text])
+    return Encoded(ids.tolist(), answer.tolist())
 
 
 def encode_records(
@@ -178,21 +185,20 @@ def encode_records(
     sources: list[int] = []
     cut = dropped = split_texts = 0
 
-    def keep(index: int, tokens: list[int], answer: list[bool]) -> bool:
-        mask = np.array(answer, dtype=bool)
+    def keep(index: int, tokens: np.ndarray, answer: np.ndarray) -> bool:
+        mask = answer.copy()
         mask[0] = False
         if not mask.any():
             return False
-        ids.append(np.array(tokens, dtype=np.int32))
+        ids.append(tokens.copy())
         answers.append(mask)
         sources.append(index)
         return True
 
     with tqdm(total=len(items), desc="tokenize", unit="rec", disable=None if progress else True) as bar:
-        for first in range(0, len(items), _CHUNK):
-            chunk = items[first : first + _CHUNK]
-            for offset, encoded in enumerate(_encode_chunk(tokenizer, chunk, last_turn_only)):
-                index, tokens, answer = first + offset, encoded.input_ids, encoded.answer
+        for first, chunk in _chunks(items):
+            for offset, (tokens, answer) in enumerate(_encode_chunk(tokenizer, chunk, last_turn_only)):
+                index = first + offset
                 if isinstance(chunk[offset], str):
                     split_texts += len(tokens) > seq_len
                     for start in range(0, max(1, len(tokens) - 1), seq_len - 1):
@@ -243,7 +249,7 @@ def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
         lines.append(f"data: {len(record_set.ignored)} files of other kinds left out, first {record_set.ignored[0]}")
     lines.append(
         f"data: {len(encoded):,} documents, {encoded.tokens:,} tokens, {encoded.answer_tokens:,} answer tokens "
-        f"({encoded.answer_tokens / encoded.tokens:.1%})"
+        f"({encoded.answer_tokens / max(1, encoded.tokens):.1%})"
     )
     if encoded.cut or encoded.split_texts:
         lines.append(
@@ -256,9 +262,30 @@ def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
     return "\n".join(lines)
 
 
+_Document = tuple[np.ndarray, np.ndarray]
+"""Token ids, int32, and whether each is learned, bool."""
+
+
+def _size(record: Record) -> int:
+    return len(record) if isinstance(record, str) else sum(len(content) for _, content in record.messages)
+
+
+def _chunks(items: Sequence[Record]) -> Iterator[tuple[int, Sequence[Record]]]:
+    """Runs of records, each with the number of its first."""
+    first = characters = 0
+    for number, record in enumerate(items):
+        size = _size(record)
+        if number > first and (number - first == _CHUNK or characters + size > _CHARACTERS):
+            yield first, items[first:number]
+            first, characters = number, 0
+        characters += size
+    if items:
+        yield first, items[first:]
+
+
 def _encode_chunk(
     tokenizer: PreTrainedTokenizerBase, chunk: Sequence[Record], last_turn_only: bool
-) -> Iterator[Encoded]:
+) -> Iterator[_Document]:
     """Encode a mixed chunk with one tokenizer call for its texts and one for its conversations, in order."""
     texts = iter(_encode_texts(tokenizer, [r for r in chunk if isinstance(r, str)]))
     conversations = [r.messages for r in chunk if not isinstance(r, str)]
@@ -267,7 +294,7 @@ def _encode_chunk(
         yield next(texts if isinstance(record, str) else dialogues)
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoded]:
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Document]:
     if not texts:
         return []
     end = tokenizer.convert_tokens_to_ids(END_OF_DOCUMENT)
@@ -277,14 +304,51 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[
         raise DataError(
             f"the tokenizer has neither {END_OF_DOCUMENT} nor an eos token, expected one to end a text with"
         )
+    if len(texts) > 1 and sum(map(len, texts)) <= _CHARACTERS:
+        whole = [np.array(ids, dtype=np.int32) for ids in _ids_of(tokenizer, texts)]
+    else:
+        whole = [
+            np.concatenate(
+                [np.array(_ids_of(tokenizer, [piece])[0], dtype=np.int32) for piece in _pieces(tokenizer, t)]
+            )
+            for t in texts
+        ]
+    return [(np.append(ids, np.array([end], dtype=np.int32)), np.ones(len(ids) + 1, dtype=bool)) for ids in whole]
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     # verbose=False: a text longer than the model's context is split later, the tokenizer need not warn of it.
-    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [Encoded([*ids, end], [True] * (len(ids) + 1)) for ids in batch]  # type: ignore[list-item]
+    found: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return found["input_ids"]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
+    """A text in pieces whose tokens, one after the other, are the text's."""
+    begin = 0
+    while len(text) - begin > 2 * _CHARACTERS:
+        stop = _border(tokenizer, text, begin + _CHARACTERS)
+        if stop is None:
+            break
+        yield text[begin:stop]
+        begin = stop
+    yield text[begin:]
+
+
+def _border(tokenizer: PreTrainedTokenizerBase, text: str, near: int) -> int | None:
+    """A place behind ``near`` where no token goes across, as the tokens of its surroundings show; None where there is
+    none to be found."""
+    for _, found in zip(range(_TRIES), _BORDER.finditer(text, near, near + _CHARACTERS), strict=False):
+        place = found.end()
+        before, behind = text[place - _AROUND : place], text[place : place + _AROUND]
+        whole, *parts = _ids_of(tokenizer, [before + behind, before, behind])
+        if whole == parts[0] + parts[1]:
+            return place
+    return None
 
 
 def _encode_conversations(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], last_turn_only: bool
-) -> list[Encoded]:
+) -> list[_Document]:
     if not conversations:
         return []
     if not tokenizer.is_fast:
@@ -298,7 +362,7 @@ def _encode_conversations(
         verbose=False,
     )
     return [
-        Encoded(ids, _mask(offsets, spans))
+        (np.array(ids, dtype=np.int32), _mask(offsets, spans))
         for ids, offsets, (_, spans) in zip(batch["input_ids"], batch["offset_mapping"], located, strict=True)
     ]
 
@@ -358,7 +422,7 @@ def _template_error(turn: int, problem: str) -> DataError:
     )
 
 
-def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
     """For each token whether its characters lie inside one of ``spans``."""
     begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     learned = np.zeros(len(begin), dtype=bool)
@@ -368,4 +432,4 @@ def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[
                 f"the tokenizer does not hold {END_OF_TURN} as one token, expected that of a Qwen2 or Qwen3"
             )
         learned |= (begin >= start) & (end <= stop)
-    return learned.tolist()
+    return learned

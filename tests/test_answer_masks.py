@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import unicodedata
 
 import pytest
@@ -234,6 +235,45 @@ def test_long_text_is_split_with_every_target_once(tiny, tokens):
     assert encoded.split_texts == (len(whole) > 16)
     assert encoded.cut == encoded.dropped == 0
     assert encoded.answer_tokens == len(whole) - 1
+
+
+WILD = (
+    "def f(x):\n    return x\r\n\r\n\n  \u00e9 n\u0303 \u4f60\u597d\u3002 it's 1234 5 --- !!\t\ttabs   \n"
+    "end<|im_end|> of\n\n\nlines \U0001f600\n\u0301x"
+)
+
+
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(tokenizer, monkeypatch):
+    chance = random.Random(0)
+    words = [*WILD.split(" "), *WILD.split("\n"), "\n", "\n\n", " ", "word", "Words", "x1"]
+    texts = ["".join(chance.choice(words) + chance.choice(["", " ", "\n"]) for _ in range(900)) for _ in range(6)]
+    whole = [encode_text(tokenizer, text) for text in texts]
+    monkeypatch.setattr(data, "_CHARACTERS", 300)
+    monkeypatch.setattr(data, "_AROUND", 60)
+    for text, wanted in zip(texts, whole, strict=True):
+        pieces = list(data._pieces(tokenizer, text))
+        assert "".join(pieces) == text and len(pieces) > 5 and max(map(len, pieces)) <= 900
+        assert encode_text(tokenizer, text) == wanted
+    encoded = encode_records(texts, tokenizer, 10**6, progress=False)
+    assert [encoded.document(i).input_ids for i in range(6)] == [w.input_ids for w in whole]
+
+
+def test_a_text_without_a_border_is_one_piece(tiny, monkeypatch):
+    monkeypatch.setattr(data, "_CHARACTERS", 100)
+    assert list(data._pieces(tiny, "0" * 1000)) == ["0" * 1000]
+    # A tokenizer that puts something before every text has no border anywhere.
+    monkeypatch.setattr(data, "_ids_of", lambda tokenizer, texts: [[7, *map(ord, text)] for text in texts])
+    assert list(data._pieces(tiny, "a word\n" * 100)) == ["a word\n" * 100]
+
+
+def test_a_call_of_the_tokenizer_has_so_many_records_and_characters_at_most(monkeypatch):
+    monkeypatch.setattr(data, "_CHUNK", 3)
+    monkeypatch.setattr(data, "_CHARACTERS", 10)
+    items = ["a", "b", "c", "d", "e" * 9, "f" * 20, dialogue("g" * 5, "h" * 4), "i"]
+    runs = list(data._chunks(items))
+    assert [item for _, run in runs for item in run] == items
+    assert [(first, len(run)) for first, run in runs] == [(0, 3), (3, 2), (5, 1), (6, 2)]
+    assert list(data._chunks([])) == []
 
 
 def test_describe(tiny, tmp_path):
