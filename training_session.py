@@ -395,6 +395,10 @@ class Session:
         try:
             return self._go()
         except Exception as error:
+            if self.trainer.undealt is not None:
+                # Hours may have passed since the last save, and nothing but data was missing.
+                with contextlib.suppress(OSError):
+                    log.info("%s; continue with --resume when the data can be read", self.save_where_it_stops())
             # A full disk may have ended the run, and has no room for these lines either.
             with contextlib.suppress(OSError):
                 self._write_events(self.trainer.done)

@@ -31,6 +31,7 @@ from night_watch import NightWatch, StepResult, describe, vote_pressure
 from packed_batches import Batch, PackedBatches
 from prime_device import is_out_of_memory
 from qwen_prime_wrapper import copy_tensors, model_tensors
+from text_records import DataError
 from training_recipe import Recipe, TrainError, check_course, course, default_rate, learning_rate
 from vote_casting import Turn, VoteCaster, VotesLost
 
@@ -94,6 +95,8 @@ class VoteTrainer:
         """Asked between micro-batches; where it says so, :meth:`step` raises :class:`StepPaused`."""
         self.half: HalfStep | None = None
         """The step that was left, until it is gone on with."""
+        self.undealt: dict[str, Any] | None = None
+        """The data cursor of a step for which data could not be read: a checkpoint goes on there."""
         self.ballot = Ballot(seed=recipe.seed, rule=recipe.rule(), listening=watch is not None)
         name_grids(model, self.ballot)
         self.grids = grids_of(model)
@@ -162,6 +165,7 @@ class VoteTrainer:
 
         Raises:
             TrainError: no answer token in the step's data, or no shape fits into memory.
+            DataError: the data cannot be read; a checkpoint of this state goes on with this step.
             VotesLost: the state is of no use; see there.
             StepPaused: ``asked_to_stop`` said so in the middle; a checkpoint of this state, or another call, goes on
                 there and ends the step with the same bits.
@@ -190,9 +194,13 @@ class VoteTrainer:
         count = self.shape.grad_accum
         cursors, micro_batches = [], []
         begun = time.perf_counter()
-        for _ in range(count):
-            cursors.append(self.batches.state_dict())
-            micro_batches.append(next(self.batches))
+        try:
+            for _ in range(count):
+                cursors.append(self.batches.state_dict())
+                micro_batches.append(next(self.batches))
+        except DataError:
+            self.undealt = cursors[0]
+            raise
         waited = time.perf_counter() - begun
         answers = sum(b.answer_tokens for b in micro_batches)
         if answers == 0:
@@ -355,7 +363,7 @@ class VoteTrainer:
             "vote_buffer": self.ballot.rule.buffer,
             "micro_batches": self.shape.grad_accum,
             "recipe": course(self.recipe),
-            "data": self.batches.state_dict(),
+            "data": self.undealt or self.batches.state_dict(),
             "float_optimizer": self.optimizer.state_dict(),
         }
         if self.half is not None:

@@ -235,21 +235,30 @@ def test_a_shape_that_the_rule_cannot_count_ends_the_run_and_its_events_say_why(
     assert events(quick)[-1]["event"] == "failed" and "at most 512" in events(quick)[-1]["reason"]
 
 
-def test_data_that_end_leave_a_word_in_the_folder(
-    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_data_that_cannot_be_read_cost_no_step(
+    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """The steps behind the last save are saved, and the run goes on, later, to the bits of one that nothing befell."""
+    whole = replace(quick, output_dir=tmp_path / "whole")
+    assert train.main(whole) == 0
     following, dealt = PackedBatches.__next__, []
 
     def breaking(self: PackedBatches) -> Batch:
         dealt.append(True)
-        if len(dealt) > 5:
+        if len(dealt) > 7:
             raise DataError("the stream broke")
         return following(self)
 
-    monkeypatch.setattr(PackedBatches, "__next__", breaking)
-    assert command(quick) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedBatches, "__next__", breaking)
+        assert command(quick) == 1
     assert "the stream broke" in the_error(capsys.readouterr().err)
     assert (events(quick)[-1]["event"], events(quick)[-1]["reason"]) == ("failed", "the stream broke")
+    assert [step for step, _ in RunFolder(quick.output_dir, NAME, 3).saved()] == [0, 2, 3]
+    assert train.main(replace(quick, resume=True)) == 0
+    assert model_of(quick.output_dir / f"{NAME}_prime_step_4.pt") == model_of(
+        whole.output_dir / f"{NAME}_prime_step_4.pt"
+    )
 
 
 # -- stops ------------------------------------------------------------------------------------------------------------
