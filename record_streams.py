@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,8 +38,14 @@ log = logging.getLogger("data")
 _DATASET = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?"
 )
+_WAITS = (2, 10, 60)
+"""Seconds before a read that has failed is tried again."""
 _FEW_ROWS = 1000
 """Below so many rows a share of bad ones says little."""
+
+
+class ReadFailed(DataError):
+    """A read that may succeed when it is tried again."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class HubRows:
             raise
         except Exception as error:
             # Network, decoding, unknown configs and splits: each layer below has errors of its own.
-            raise DataError(f"{self.name}: reading failed: {_one_line(error)}") from error
+            raise ReadFailed(f"{self.name}: reading failed: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -230,6 +237,7 @@ class StreamBlocks:
         self.max_bad_share = max_bad_share
         self.last_turn_only = last_turn_only
         self._reading: tuple[int, int, Iterator[Row]] | None = None
+        self._has_read = False
         self._counted: dict[int, tuple[int, int]] = {}
         """Of each block of the present epoch: rows examined, and bad ones."""
         self._epoch = 0
@@ -273,11 +281,24 @@ class StreamBlocks:
         count = self.rows_per_block if self.limit is None else min(self.rows_per_block, self.limit - first)
         if count <= 0:
             return None
-        if self._reading is None or self._reading[:2] != (epoch, number):
-            self._reading = (epoch, number, self.stream.rows(epoch, first))
-        rows = list(itertools.islice(self._reading[2], count))
-        self._reading = (epoch, number + 1, self._reading[2])
-        return rows or None
+        for wait in (*_WAITS, None):
+            if self._reading is None or self._reading[:2] != (epoch, number):
+                self._reading = (epoch, number, self.stream.rows(epoch, first))
+            try:
+                rows = list(itertools.islice(self._reading[2], count))
+            except ReadFailed as error:
+                # What has raised gives no more rows.
+                self._reading = None
+                # What never was read, a split that is not there, will not be in a minute.
+                if wait is None or not self._has_read:
+                    raise
+                log.warning("data: %s; again in %d s", error, wait)
+                time.sleep(wait)
+                continue
+            self._reading = (epoch, number + 1, self._reading[2])
+            self._has_read = True
+            return rows or None
+        raise AssertionError("the last try raises")
 
     def _count(self, epoch: int, number: int, rows: int, bad_rows: Sequence[BadRow]) -> None:
         if epoch != self._epoch:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from data_tools import CHATML, build_tokenizer, write_lines
 
+import record_streams
 from answer_masks import EncodedSet
 from packed_batches import PackedBatches, WorkerShare
-from record_streams import DatasetId, FileRows, HubRows, Prefetched, StreamBlocks, parse_source
+from record_streams import DatasetId, FileRows, HubRows, Prefetched, ReadFailed, StreamBlocks, parse_source
 from text_records import DataError, Row, drawn
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -64,6 +65,55 @@ def test_sources(tmp_path: Path) -> None:
     for text in ("nowhere", "no/such/file", "folder/records.jsonl", "a b/c"):
         with pytest.raises(DataError, match="no such file or folder, and not a dataset id"):
             parse_source(text)
+
+
+class Unreliable:
+    """Rows of a stream that breaks off at a row, the first so many times that it comes to it."""
+
+    name, fingerprint = "unreliable", "0"
+
+    def __init__(self, breaks_at: int, times: int) -> None:
+        self.breaks_at, self.times = breaks_at, times
+        self.begun: list[int] = []
+        self.about: dict[str, Any] = {}
+
+    def rows(self, epoch: int, start: int) -> Iterator[Row]:
+        self.begun.append(start)
+        for number, value in enumerate(pairs(30)[start:], start + 1):
+            if number == self.breaks_at and self.times:
+                self.times -= 1
+                raise ReadFailed("reading failed: ConnectionError: reset by peer")
+            yield Row(self.name, number, value)
+
+
+@pytest.mark.parametrize(("times", "begun"), [(1, [0, 10]), (3, [0, 10, 10, 10])])
+def test_a_read_that_fails_is_tried_again(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, times: int, begun: list[int]
+) -> None:
+    """From the block's first row, and the blocks are those of a stream that does not break."""
+    monkeypatch.setattr(record_streams, "_WAITS", (0, 0, 0))
+    found = []
+    for stream in (Unreliable(17, times), Unreliable(17, 0)):
+        blocks = StreamBlocks(stream, tokenizer, seq_len=64, rows_per_block=10)
+        found.append([blocks.block(0, n) for n in range(4)])
+        assert stream.begun == (begun if stream.breaks_at and len(found) == 1 else [0])
+    for block, wanted in zip(*found, strict=True):
+        assert (block is None) == (wanted is None)
+        assert block is None or wanted is None or block.fingerprint == wanted.fingerprint
+
+
+def test_a_read_that_goes_on_failing_and_one_that_never_worked_are_errors(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_streams, "_WAITS", (0, 0, 0))
+    late, early = Unreliable(17, 99), Unreliable(1, 99)
+    blocks = StreamBlocks(late, tokenizer, seq_len=64, rows_per_block=10)
+    assert blocks.block(0, 0) is not None
+    with pytest.raises(ReadFailed):
+        blocks.block(0, 1)
+    with pytest.raises(ReadFailed):
+        StreamBlocks(early, tokenizer, seq_len=64, rows_per_block=10).block(0, 0)
+    assert late.begun == [0, 10, 10, 10] and early.begun == [0]
 
 
 def test_hub_rows_are_pinned_and_resume_anywhere(hub: Any) -> None:
