@@ -81,7 +81,7 @@ class EvalConfig:
     max_new_tokens: int = 512
     """Longest function, in tokens."""
     timeout: float = 10.0
-    """Seconds for each problem's test."""
+    """Seconds of the processor for each problem's test; by the clock five times as many."""
     jobs: int = max(1, (os.cpu_count() or 2) // 2)
     """Tests that run at a time."""
     compare: tuple[Path, ...] = ()

@@ -30,6 +30,8 @@ SYSCALL = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.
         "assert hashlib.md5(b'a').hexdigest() and random.random() < 1 and datetime.datetime.now().year > 2000",
         "print('x' * 100_000)\nassert __name__ == '__main__'",
         "import resource\nassert resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0)",
+        "import json, asyncio, unittest, logging, email, concurrent.futures, xml.dom, collections.abc\n"
+        "assert json.loads('[1]') == [1]",
         "import time\ntime.sleep(0.01)",
         "assert 'caf\u00e9 \u4f60' == 'caf\\u00e9 \\u4f60'",
         "",
@@ -102,6 +104,8 @@ def test_no_file_is_changed(attempt: str, tmp_path: Path) -> None:
     [
         "41, 2, 1, 0",  # socket, around Python's module
         "425, 2, 0",  # io_uring_setup, which could do all of it unseen
+        "257, -100, b'.', 0o20200000, 0",  # openat, a file without a name: O_TMPFILE
+        "257, -100, b'.', 0o20200001, 0o600",  # the same for writing
         "435, 0, 0",  # clone3
         "437, -100, 0, 0, 0",  # openat2
         "101, 16, 0, 0, 0",  # ptrace
@@ -126,6 +130,22 @@ def test_time_is_up_for_whole_groups() -> None:
         assert not found.passed and time.monotonic() - begun < 20
         assert found.reason.startswith("not done after")
     assert not [p for p in Path("/proc").glob("[0-9]*") if str(Path(sandbox.__file__)) in _command(p)]
+
+
+def test_a_busy_machine_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's seconds are the limit: by the clock three times as many have passed here."""
+
+    class Clock:
+        now = iter([0.0])
+
+        def monotonic(self) -> float:
+            return next(self.now, 30.0)
+
+    monkeypatch.setattr(sandbox, "time", Clock())
+    assert run_program("x = 1", Limits(10.0)) == Outcome(True)
+    monkeypatch.setattr(sandbox, "time", Clock())
+    Clock.now = iter([-100.0])
+    assert run_program("x = 1", Limits(10.0)).reason == "not done after 52 s by the clock"
 
 
 def _command(process: Path) -> str:
