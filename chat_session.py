@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-TURN_END = "<|im_end|>"
+from qwen_prime_wrapper import stop_ids
+
 _RESERVE = 8
 """An answer is to find at least one part in so many of the context free, before old exchanges are dropped for it."""
 
@@ -160,12 +161,8 @@ class Chat:
 
     @property
     def stops(self) -> list[int]:
-        """Ids that end an answer: the model's own, the tokenizer's, and the end of a turn."""
-        own = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = set(own if isinstance(own, list) else [own]) | {self.tokenizer.eos_token_id}
-        if TURN_END in self.tokenizer.get_vocab():
-            ids.add(self.tokenizer.convert_tokens_to_ids(TURN_END))
-        return sorted(i for i in ids if i is not None)
+        """Ids that end an answer, see :func:`qwen_prime_wrapper.stop_ids`."""
+        return stop_ids(self.model, self.tokenizer)
 
     def render(self) -> list[int]:
         """Token ids of the conversation, up to where the answer begins."""

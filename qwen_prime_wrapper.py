@@ -61,6 +61,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """What a checkpoint keeps of its source besides weights and config, where present."""
+TURN_END = "<|im_end|>"
+"""What ends a turn in Qwen's templates; base models name another token as their end."""
 
 
 _MOST = {
@@ -466,6 +468,15 @@ def answer_loss(
     return F.cross_entropy(head(picked).float(), targets, reduction="sum"), len(targets)
 
 
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the model's own, the tokenizer's, and the end of a turn."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    if TURN_END in tokenizer.get_vocab():
+        ids.add(tokenizer.convert_tokens_to_ids(TURN_END))
+    return sorted(i for i in ids if i is not None)
+
+
 @torch.no_grad()
 def continue_texts(
     model: PreTrainedModel,
@@ -475,8 +486,8 @@ def continue_texts(
     batch_size: int = 8,
     description: str | None = None,
 ) -> list[str]:
-    """The most likely continuations of prompts, each of at most so many tokens, without votes; special tokens are left
-    out of the text. The model's mode is kept.
+    """The most likely continuations of prompts, each of at most so many tokens and up to where a chat would stop,
+    without votes; special tokens are left out of the text. The model's mode and generation config are kept.
 
     Prompts of similar length share a batch, padded on the left. A prompt that leaves no room for its continuation in
     the model's context loses its beginning.
@@ -487,23 +498,30 @@ def continue_texts(
     """
     training = model.training
     model.eval()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    stops = stop_ids(model, tokenizer)
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *stops, 0) if i is not None)
+    greedy = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=pad
+    )
+    # Whatever a call leaves open transformers takes from the model: Qwen's repetition penalty, say.
+    own, model.generation_config = model.generation_config, greedy
     room = max(1, model.config.max_position_embeddings - tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
-    with tqdm(total=len(prompts), desc=description, leave=False, disable=None if description else True) as bar:
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            cut = [list(prompts[i])[-room:] for i in chosen]
-            width = max(map(len, cut))
-            ids = torch.tensor([[pad] * (width - len(row)) + row for row in cut], device=model.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in cut], device=model.device)
-            out = model.generate(  # type: ignore[operator]
-                ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=pad
-            )
-            for i, row in zip(chosen, out, strict=True):
-                texts[i] = str(tokenizer.decode(row[width:], skip_special_tokens=True))
-            bar.update(len(chosen))
+    try:
+        with tqdm(total=len(prompts), desc=description, leave=False, disable=None if description else True) as bar:
+            for first in range(0, len(order), batch_size):
+                chosen = order[first : first + batch_size]
+                cut = [list(prompts[i])[-room:] for i in chosen]
+                width = max(map(len, cut))
+                ids = torch.tensor([[pad] * (width - len(row)) + row for row in cut], device=model.device)
+                mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in cut], device=model.device)
+                out = model.generate(ids, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]
+                for i, row in zip(chosen, out, strict=True):
+                    texts[i] = str(tokenizer.decode(row[width:], skip_special_tokens=True))
+                bar.update(len(chosen))
+    finally:
+        model.generation_config = own
     model.train(training)
     return texts
 

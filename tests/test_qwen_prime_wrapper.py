@@ -24,7 +24,7 @@ from tiny_models import (
 )
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import manifolds
 import qwen_prime_wrapper as wrapper
@@ -250,6 +250,44 @@ def test_generation_stops_where_the_sources_generation_config_says(tmp_path: Pat
     found = wrapper.load_model(tmp_path / "tiny.pt")[0].generation_config
     assert wanted.eos_token_id == [258, 7]
     assert (found.eos_token_id, found.repetition_penalty) == (wanted.eos_token_id, wanted.repetition_penalty)
+
+
+def test_continuations_are_greedy_and_stop_where_a_chat_does(tmp_path: Path) -> None:
+    """What the model's own generation config makes of answers is its affair in a chat; base models name another end."""
+    write_source(tmp_path, tiny_config())
+    model, tokenizer, _ = wrapper.load_model(tmp_path)
+    prompt = tokenizer("def f")["input_ids"]
+    # No token but bytes is likely in this model.
+    model.get_output_embeddings().weight.data[256:] = 0.0
+    wanted: list[int] = []
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model(input_ids=torch.tensor([prompt + wanted]), use_cache=False).logits[0, -1]
+            wanted.append(int(logits.argmax()))
+    own = model.generation_config = GenerationConfig(
+        eos_token_id=256,
+        do_sample=True,
+        repetition_penalty=3.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=wanted[:1],
+        min_length=40,
+        bad_words_ids=[wanted[:2]],
+    )
+    kept = own.to_dict()
+    assert wrapper.continue_texts(model, tokenizer, [prompt], 12) == [tokenizer.decode(wanted)]
+    assert model.generation_config is own and own.to_dict() == kept
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<|bos|>"
+    assert wrapper.stop_ids(model, tokenizer) == [256, end]
+    real = model.forward
+
+    def ends(*args: object, **kwargs: object) -> object:
+        out = real(*args, **kwargs)
+        out.logits[..., end] = 1e4
+        return out
+
+    model.forward = ends
+    assert wrapper.continue_texts(model, tokenizer, [prompt], 12) == [""]
 
 
 # -- loss -------------------------------------------------------------------------------------------------------------
