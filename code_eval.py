@@ -29,7 +29,8 @@ REQUEST = (
     "Complete the following Python function. Answer with one code block that holds the whole function, with its "
     "imports.\n\n```python\n{prompt}\n```"
 )
-_FENCE = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_FENCE = re.compile(r"^[^`\n]*```[^`\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _ENDS = re.compile(r"\n(?=\S)(?!(?:#|\)|\]|\}))")
 """The first line that is not indented, comments and closing brackets aside, ends a continued function."""
 
@@ -133,12 +134,16 @@ def program_of(problem: Problem, completion: str) -> str:
 
 
 def code_of(problem: Problem, answer: str) -> str:
-    """The code in a chat answer: the block that defines the function, else the longest, else all of the answer."""
-    blocks = _FENCE.findall(answer)
-    for block in blocks:
+    """The code in a chat answer, thoughts aside: the last block that defines the function, moved to the margin, else
+    the longest, else all of the answer."""
+    answer = _THOUGHT.sub("", answer.replace("\r\n", "\n"))
+    blocks: list[str] = _FENCE.findall(answer)
+    for block in reversed(blocks):
         if re.search(rf"^\s*def {problem.entry_point}\b", block, re.MULTILINE):
-            return str(block)
-    return str(max(blocks, key=len)) if blocks else answer
+            # Not dedent: a string's lines may begin left of the code.
+            margin = re.match(r"(?:[ \t]*\n)*([ \t]*)", block)
+            return re.sub(rf"^{margin[1]}", "", block, flags=re.MULTILINE) if margin else block
+    return max(blocks, key=len) if blocks else answer
 
 
 def continuation_of(text: str) -> str:
@@ -161,7 +166,10 @@ def complete(
         text = problem.prompt
         if chat:
             turn = [{"role": "user", "content": REQUEST.format(prompt=problem.prompt.strip("\n"))}]
-            text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            # Where a template can do without a thought (Qwen3), it should: the tokens are for the function.
+            text = str(
+                tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            )
         prompts.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
     texts = continue_texts(model, tokenizer, prompts, tokens, batch_size, "write code")
     # A whole function begins on a line of its own, behind a prompt that is a function with a docstring.

@@ -66,6 +66,32 @@ def test_code_is_taken_out_of_answers() -> None:
     assert code_of(PROBLEM, "```python\nother = 1\n```") == "other = 1"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```python3\n{0}\n```\nThis doubles.",
+        "```PYTHON\n{0}\n```",
+        '```python title="a.py"\n{0}\n```',
+        "Sure: ```python\n{0}\n```",
+        "Not ```x = 1```\n\n```python\n{0}\n```\nbut this.",
+        "<think>\n```python\ndef twice(x):\n    return x\n```\nis wrong.\n</think>\n\n```python\n{0}\n```",
+        "```python\n{0}\n```\n<think>\nAgain:\n```python\ndef twice(x):\n    return x",
+        "```python\ndef twice(x): ...\n```\nIn full:\n```python\n{0}\n```\nTry it:\n```python\nprint(twice(1))\n```",
+    ],
+)
+def test_code_is_taken_out_of_fences_of_many_kinds(answer: str) -> None:
+    whole = "def twice(x):\n    return 2 * x"
+    assert code_of(PROBLEM, answer.format(whole)) == whole
+    assert code_of(PROBLEM, answer.format(whole).replace("\n", "\r\n")) == whole
+    assert code_of(PROBLEM, "<think>\nOn and on") == ""
+
+
+def test_code_is_moved_to_the_margin() -> None:
+    block = '   ```python\n   def twice(x):\n       """\nleft\n       """\n       return 2 * x\n   ```\n'
+    assert code_of(PROBLEM, f"1. So:\n\n{block}") == 'def twice(x):\n    """\nleft\n    """\n    return 2 * x'
+    assert code_of(PROBLEM, "```python\n    return 2 * x\n```") == "    return 2 * x", "the rest of a function"
+
+
 def test_a_continuation_ends_with_its_function() -> None:
     body = "    if x:\n        return [\n        1,\n]\n# note\n\n    return 2 * x\n"
     for rest in ("print(twice(3))\n", "def other():\n    pass\n", "class A:\n", "if __name__ == '__main__':\n"):
@@ -123,7 +149,7 @@ def test_completing_asks_in_the_form_that_the_tokenizer_knows(chat: bool, monkey
         chat_template = "x" if chat else None
 
         def apply_chat_template(self, turns: Any, **options: Any) -> str:
-            assert options == {"tokenize": False, "add_generation_prompt": True}
+            assert options == {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
             return "<user>" + turns[0]["content"] + "<assistant>"
 
         def __call__(self, text: str, **options: Any) -> Any:
