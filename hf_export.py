@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dense_weights import DTYPES, DenseSource, DenseWeight
-from qwen_prime_wrapper import ARCHITECTURES
+from qwen_prime_wrapper import ARCHITECTURES, TOKENIZER_FILES
 from whole_output import new_folder
 
 SAFETENSORS_NAMES = {
@@ -27,6 +27,15 @@ SAFETENSORS_NAMES = {
     torch.float16: "F16",
     torch.int16: "I16",
 }
+FOLDER_FILES = (
+    "config.json",
+    *TOKENIZER_FILES,
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "modeling_prime.py",
+)
+"""Patterns of all names that an export gives to files of a folder: a folder of these alone may be replaced."""
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -155,7 +164,7 @@ def export_hf(source: DenseSource, output: Path, dtype: str, shard_size: int, fo
         OutputError: the folder exists, or cannot be written; nothing is left behind.
     """
     tensors = [_stored(weight, DTYPES[dtype]) for weight in source.weights]
-    with new_folder(output, force) as folder:
+    with new_folder(output, force, FOLDER_FILES) as folder:
         write_json(folder / "config.json", folder_config(source, dtype))
         write_companions(folder, source)
         return write_shards(folder, tensors, shard_size)

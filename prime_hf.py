@@ -39,7 +39,7 @@ from ballots import Ballot, VoteRule
 from dense_weights import DenseSource, ExportError
 from ghost_core import GhostLinearTandem, Movement, apply_votes, grids_of, name_grids
 from ghost_grid import SLICE_ELEMENTS
-from hf_export import StoredTensor, folder_config, write_companions, write_json, write_shards
+from hf_export import FOLDER_FILES, StoredTensor, folder_config, write_companions, write_json, write_shards
 from manifolds import Manifold
 from momentum_rules import MomentumRule
 from qwen_prime_wrapper import expected_tensors, restore_modules, swap_modules
@@ -244,7 +244,7 @@ def export_prime_hf(source: DenseSource, output: Path, shard_size: int, force: b
         for name, tensor in source.checkpoint["model"].items()
     ]
     tensors += [StoredTensor(n, t.dtype, tuple(t.shape), [t]) for n, t in _extras(table).items()]
-    with new_folder(output, force) as folder:
+    with new_folder(output, force, FOLDER_FILES) as folder:
         write_json(folder / "config.json", config)
         write_companions(folder, source)
         shutil.copyfile(_CODE, folder / _CODE.name)

@@ -43,7 +43,7 @@ from prime_patch import adapter_bytes, apply_patch, write_patch
 from qwen_prime_wrapper import ModelError
 from text_records import DataError
 from training_recipe import TrainError
-from whole_output import refuse_existing, write_whole
+from whole_output import refuse_existing, refuse_folder, write_whole
 
 log = logging.getLogger("pack")
 
@@ -269,7 +269,10 @@ def patch(config: PatchConfig) -> int:
 
 def export(config: ExportConfig) -> int:
     """Write the export and say what was written."""
-    refuse_existing(config.output, config.force)
+    if config.to == "gguf":
+        refuse_existing(config.output, config.force)
+    else:
+        refuse_folder(config.output, config.force, hf_export.FOLDER_FILES)
     started = time.perf_counter()
     source = open_dense(config.checkpoint)
     size = hf_export.parse_size(config.shard_size)

@@ -8,10 +8,11 @@ moves it aside and deletes it last: renames cannot replace a folder that has con
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -66,19 +67,39 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-@contextlib.contextmanager
-def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``path`` to fill; it becomes ``path`` if the block ends well.
+def refuse_folder(path: Path, force: bool, replaceable: Sequence[str] = ("config.json",)) -> None:
+    """Raise unless the folder ``path`` may be written.
+
+    Args:
+        replaceable: patterns of the file names of a folder that may be deleted to make room; one that has anything
+            else is somebody's work.
 
     Raises:
-        OutputError: see :func:`refuse_existing`; ``path`` is a file, or a folder that does not look like a model's
-        (only those are ever deleted); or the block met an OSError (disk full).
+        OutputError: see :func:`refuse_existing`; ``path`` is a file; or it is a folder that is not empty and has no
+            config.json, or anything that is not ``replaceable``, whatever ``force`` says.
     """
+    if path.is_dir():
+        entries = sorted(path.iterdir())
+        if entries and not (path / "config.json").is_file():
+            raise OutputError(f"{path} has files but no config.json: --force replaces model folders only")
+        for entry in entries:
+            if entry.is_dir() or not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in replaceable):
+                raise OutputError(
+                    f"{path} has {entry.name}, which no export writes, and is never replaced: choose another --output"
+                )
     refuse_existing(path, force)
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, expected a folder name")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise OutputError(f"{path} has files but no config.json: --force replaces model folders only")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, force: bool = False, replaceable: Sequence[str] = ("config.json",)) -> Iterator[Path]:
+    """A temporary folder beside ``path`` to fill; it becomes ``path`` if the block ends well.
+
+    Raises:
+        OutputError: see :func:`refuse_folder`; or the block met an OSError (disk full).
+    """
+    refuse_folder(path, force, replaceable)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     aside: Path | None = None
     try:
@@ -93,13 +114,14 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if aside is not None and not path.exists():
-            os.replace(aside, path)
         raise _unwritable(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if aside is not None:
+            # Whatever ended the block between the two renames, Ctrl-C too: one of old and new stands.
+            if not path.exists():
+                os.replace(aside, path)
             shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

@@ -91,3 +91,24 @@ def test_known_errors_exit_1_and_leave_nothing(
         assert words in said and len(said.splitlines()) == 1
         assert {p.name for p in tmp_path.iterdir()} == {"damaged.pt", "taken"}
     assert taken.read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", ["hf", "prime-hf"])
+def test_force_replaces_an_export_and_no_other_folder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    """Whatever names an export writes, the next may take their place; a run's folder is refused before any work."""
+    output = tmp_path / "out"
+    assert run("export", checkpoint, "--to", "prime-hf", "--shard-size", "20KB", "--output", output) == 0
+    assert run("export", checkpoint, "--to", to, "--output", output) == 1
+    assert "--force" in capsys.readouterr().err
+    assert run("export", checkpoint, "--to", to, "--output", output, "--force") == 0
+    assert (output / "model.safetensors").is_file() and not list(output.glob("model-*"))
+    (output / "stats.jsonl").write_text("mine")
+    before = sorted(output.iterdir())
+    for flags in ((), ("--force",)):
+        capsys.readouterr()
+        assert run("export", tmp_path / "absent.pt", "--to", to, "--output", output, *flags) == 1
+        said = capsys.readouterr().err
+        assert "stats.jsonl" in said and "--force" not in said
+    assert sorted(output.iterdir()) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,45 @@ def test_existing_outputs_are_refused(tmp_path: Path) -> None:
     with new_folder(tmp_path / "model", force=True) as temporary:
         (temporary / "other.json").write_text("{}")
     assert names(tmp_path / "model") == {"other.json"} and names(tmp_path) == {"file", "model", "photos"}
+
+
+def test_only_a_folder_of_files_that_an_export_writes_is_replaced(tmp_path: Path) -> None:
+    """A run's folder has a config.json too: whatever else lies in a folder keeps all of it, and --force is no offer."""
+    patterns = ("config.json", "model-?????-of-?????.safetensors")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "stats.jsonl"):
+        (run / name).write_text("x")
+    for force in (False, True):
+        with pytest.raises(OutputError, match=r"stats\.jsonl") as caught, new_folder(run, force, patterns):
+            raise AssertionError("the block must not run")
+        assert "--force" not in str(caught.value)
+    (run / "stats.jsonl").rename(tmp_path / "stats.jsonl")
+    (run / "model-00002-of-00002.safetensors").mkdir()
+    with pytest.raises(OutputError, match="00002-of-00002"), new_folder(run, True, patterns):
+        raise AssertionError("the block must not run")
+    (run / "model-00002-of-00002.safetensors").rmdir()
+    with new_folder(run, True, patterns) as temporary:
+        (temporary / "config.json").write_text("new")
+    assert names(run) == {"config.json"} and names(tmp_path) == {"run", "stats.jsonl"}
+
+
+@pytest.mark.parametrize(("rename", "standing"), [(1, "old"), (2, "new")])
+def test_an_interrupt_between_the_renames_keeps_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: int, standing: str
+) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("old")
+    replace, done = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(target)
+        if len(done) == rename:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(path, force=True) as temporary:
+        (temporary / "config.json").write_text("new")
+    assert (path / "config.json").read_text() == standing and names(tmp_path) == {"model"}
