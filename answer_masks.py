@@ -32,6 +32,7 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
+from harmless_text import harmless
 from text_records import DataError, Messages, Record, RecordSet
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 END_OF_TURN = "<|im_end|>"
 END_OF_DOCUMENT = "<|endoftext|>"
-ENCODING = "documents 1"
+ENCODING = "documents 2"
 """Raised whenever the same records become other documents: what is kept on disk is then made again."""
 
 _MARKER = "\ue000"  # private use: no template contains it, and it grows until no conversation does
@@ -49,6 +50,7 @@ _BORDER = re.compile(r"\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")  # behind a line, o
 _AROUND = 400  # characters on either side that prove a border
 _TRIES = 32  # borders that are tried, one after the other
 _SHOWN = 5  # bad rows quoted in a description
+_COLUMNS = 12  # columns named in a description
 
 
 @dataclass(frozen=True)
@@ -240,13 +242,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
-    """A few lines for the log: format, records, tokens, answer tokens, cut, dropped, bad rows."""
+    """A few lines for the log: format, records, columns not used, tokens, answer tokens, cut, dropped, bad rows."""
     files = record_set.files[0] if len(record_set.files) == 1 else f"{len(record_set.files)} files"
     lines = [f"data: {len(record_set.records):,} records from {files}, format {record_set.format}"]
     if record_set.split is not None:
         lines.append(f"data: split {record_set.split}; {record_set.other_splits:,} rows belong to other splits")
     if record_set.ignored:
         lines.append(f"data: {len(record_set.ignored)} files of other kinds left out, first {record_set.ignored[0]}")
+    lines += unused_columns(record_set)
     lines.append(
         f"data: {len(encoded):,} documents, {encoded.tokens:,} tokens, {encoded.answer_tokens:,} answer tokens "
         f"({encoded.answer_tokens / max(1, encoded.tokens):.1%})"
@@ -260,6 +263,15 @@ def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
         lines.append(f"data: {len(record_set.bad_rows):,} bad rows")
     lines += [f"data:   {bad}" for bad in record_set.bad_rows[:_SHOWN]]
     return "\n".join(lines)
+
+
+def unused_columns(record_set: RecordSet) -> list[str]:
+    """A line that names columns of the rows that are not used, the most frequent first; none where all are."""
+    names = [" ".join(harmless(name, 40).split()) for name, _ in record_set.unused]
+    if not names:
+        return []
+    more = f" and {len(names) - _COLUMNS} more" if len(names) > _COLUMNS else ""
+    return [f"data: columns not used: {', '.join(names[:_COLUMNS])}{more}"]
 
 
 _Document = tuple[np.ndarray, np.ndarray]

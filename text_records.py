@@ -26,7 +26,9 @@ from typing import Any
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 # Keys whose content the templates would need and this module does not pass on; ignoring them would change the data.
 _UNSUPPORTED_ROW_KEYS = ("tools", "functions", "history")
-_UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content")
+_UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
+_SYSTEM_KEYS = ("system", "system_prompt")
+_NO_CONTENT = ("id", "split")  # row keys that are neither learned nor missed
 _ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -93,7 +95,8 @@ class RecordSet:
     ``records``: conversations and plain texts (``str``) in the order of files and rows. ``keys``: of each record, what
     decides its split. ``formats``: those recognised, each with its count. ``bad_rows``: every row left out. ``files``:
     what was read. ``ignored``: files of a folder that have another suffix. ``split``: the split kept, None where no row
-    names one. ``other_splits``: rows left to other splits.
+    names one. ``other_splits``: rows left to other splits. ``unused``: keys of rows that hold something and are not
+    used, the most frequent first, each with its count.
     """
 
     records: tuple[Record, ...]
@@ -104,6 +107,7 @@ class RecordSet:
     ignored: tuple[str, ...] = ()
     split: str | None = None
     other_splits: int = 0
+    unused: tuple[tuple[str, int], ...] = ()
 
     @property
     def format(self) -> str:
@@ -152,7 +156,8 @@ def sort_rows(
 
     Per row the formats ``messages``, ``sharegpt`` (``conversations``), ``prompt/completion``, ``alpaca``
     (``instruction``, ``input``, ``output``), ``question/answer`` and ``text`` are recognised, in this order. A
-    ``system`` string beside a conversation becomes its first message. Where rows carry ``split`` and ``split`` is
+    ``system`` or ``system_prompt`` string beside a conversation becomes its first message, a ``context`` string beside
+    a prompt or question a part of it. Where rows carry ``split`` and ``split`` is
     given, only the rows of that split are examined; where none carries it, all are kept and the result names no split.
 
     Raises ``DataError`` at the first bad row if ``strict``; when more than ``max_bad_share`` of the examined rows are
@@ -163,6 +168,7 @@ def sort_rows(
     kept: list[tuple[Row, str, Record, bool]] = []
     bad: list[BadRow] = []
     others: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
 
     def refuse(row: Row, reason: str) -> None:
         bad.append(BadRow(row.file, row.line, reason))
@@ -191,6 +197,8 @@ def sort_rows(
             if not labelled:
                 refuse(row, 'no "split" key, while other rows have one')
         kept = [entry for entry in kept if entry[3]]
+    for row, name, _, _ in kept:
+        unused.update(_unused(row.value, name))
 
     examined = len(kept) + len(bad)
     if len(bad) > max_bad_share * examined:
@@ -210,6 +218,7 @@ def sort_rows(
         files=(where,),
         split=split if uses_split else None,
         other_splits=sum(others.values()),
+        unused=tuple(unused.most_common()),
     )
 
 
@@ -354,6 +363,18 @@ def _parse(value: Any) -> tuple[str, Record]:
     raise _RowError(f"missing keys: got {', '.join(map(str, value))[:_QUOTED] or 'none'}; expected one of: {known}")
 
 
+def _unused(value: Any, name: str) -> list[str]:
+    """Keys of a row of that format that hold something and are not used."""
+    if not isinstance(value, dict):
+        return []
+    used = _USED[name]
+    return [
+        key
+        for key, held in value.items()
+        if held not in (None, "", [], {}) and (key not in used or (key == "context" and not isinstance(held, str)))
+    ]
+
+
 def _from_messages(row: dict[str, Any]) -> Record:
     return _from_turns(row, "messages", "role", "content", {role: role for role in _ROLES})
 
@@ -380,6 +401,8 @@ def _from_turns(row: dict[str, Any], key: str, role_key: str, content_key: str, 
         role = _string(turn[role_key], f"{where}.{role_key}")
         if role not in roles:
             raise _RowError(f"unknown role {role[:_QUOTED]!r} in {where}, expected one of {', '.join(roles)}")
+        if roles[role] == "assistant" and turn.get("weight", 1) not in (None, 1):
+            raise _RowError(f'{where}: a "weight" other than 1 is not supported: every answer is learned')
         messages.append((roles[role], _string(turn[content_key], f"{where}.{content_key}")))
     return _conversation(row, messages)
 
@@ -387,6 +410,8 @@ def _from_turns(row: dict[str, Any], key: str, role_key: str, content_key: str, 
 def _from_pair(prompt_key: str, answer_key: str) -> Callable[[dict[str, Any]], Record]:
     def build(row: dict[str, Any]) -> Record:
         user, answer = _string(row[prompt_key], prompt_key), _string(row[answer_key], answer_key)
+        if isinstance(row.get("context"), str):
+            user = _with_more(user, row["context"], "context")
         return _conversation(row, [("user", user), ("assistant", answer)])
 
     return build
@@ -394,17 +419,21 @@ def _from_pair(prompt_key: str, answer_key: str) -> Callable[[dict[str, Any]], R
 
 def _from_alpaca(row: dict[str, Any]) -> Record:
     user = _string(row["instruction"], "instruction")
-    extra = row.get("input")
-    if extra is not None and _string(extra, "input"):
-        user += "\n\n" + extra
+    if row.get("input") is not None:
+        user = _with_more(user, row["input"], "input")
     return _conversation(row, [("user", user), ("assistant", _string(row["output"], "output"))])
 
 
+def _with_more(user: str, more: Any, key: str) -> str:
+    return "\n\n".join(part for part in (user, _string(more, key)) if part)
+
+
 def _conversation(row: dict[str, Any], messages: list[tuple[str, str]]) -> Conversation:
-    if row.get("system") is not None:
-        system = _string(row["system"], "system")
-        if system and (not messages or messages[0][0] != "system"):
-            messages = [("system", system), *messages]
+    for key in _SYSTEM_KEYS:
+        if row.get(key) is not None:
+            system = _string(row[key], key)
+            if system and (not messages or messages[0][0] != "system"):
+                messages = [("system", system), *messages]
     roles = [role for role, _ in messages]
     if "assistant" not in roles:
         raise _RowError("missing answer: no message of the assistant")
@@ -447,3 +476,9 @@ _FORMATS: tuple[tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Record]],
     ("question/answer", ("question", "answer"), _from_pair("question", "answer")),
     ("text", ("text",), lambda row: _text(row["text"])),
 )
+# Beside the keys that name a format: those that it uses where they are there.
+_MORE_KEYS = {"alpaca": ("input",), "prompt/completion": ("context",), "question/answer": ("context",)}
+_USED = {
+    name: (*keys, *_NO_CONTENT, *_MORE_KEYS.get(name, ()), *(() if name == "text" else _SYSTEM_KEYS))
+    for name, keys, _ in _FORMATS
+}

@@ -292,3 +292,16 @@ def test_describe(tiny, tmp_path):
         f"{file}:4: missing keys",
     ):
         assert part in log, log
+    assert "columns not used" not in log
+
+
+def test_describe_names_columns_that_are_not_used(tiny, tmp_path):
+    rows = [{"text": "t", "\x1b[2J\nx": 1, **{f"c{n:02}": 1 for n in range(i, 15)}} for i in range(15)]
+    record_set = read_records(write_lines(tmp_path / "x.jsonl", rows))
+    (line,) = [
+        line
+        for line in data.describe(record_set, encode_records(record_set, tiny, 64, progress=False)).splitlines()
+        if line.startswith("data: columns")
+    ]
+    names = ", ".join(f"c{n:02}" for n in range(14, 3, -1))
+    assert line == f"data: columns not used: \u241b[2J x, {names} and 4 more"

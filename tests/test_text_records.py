@@ -46,6 +46,45 @@ def test_alpaca_without_input(tmp_path):
     assert read_records(write_lines(tmp_path / "x.jsonl", rows)).records == (dialogue("q", "a"),) * 2
 
 
+def test_alpaca_whose_instruction_is_its_input(tmp_path):
+    rows = [{"instruction": "", "input": "q", "output": "a"}]
+    assert read_records(write_lines(tmp_path / "x.jsonl", rows)).records == (dialogue("q", "a"),)
+
+
+def test_what_belongs_to_the_prompt_is_not_dropped(tmp_path):
+    rows = [
+        {"question": "q", "context": "c", "answer": "a"},
+        {"prompt": "q", "context": "c", "completion": "a"},
+        {"question": "q", "context": "", "answer": "a"},
+        {"system_prompt": "s", "question": "q", "answer": "a"},
+        {"system": "s", "system_prompt": "other", "instruction": "q", "output": "a"},
+        {"system": "", "system_prompt": "s", **FORMATS["messages"][0]},
+    ]
+    found = read_records(write_lines(tmp_path / "x.jsonl", rows))
+    told = Conversation((("system", "s"), ("user", "q"), ("assistant", "a")))
+    assert found.records == (*[dialogue("q\n\nc", "a")] * 2, dialogue("q", "a"), told, told, told)
+    assert found.unused == ()
+    wrong = write_lines(tmp_path / "y.jsonl", [{"system_prompt": ["s"], "question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match='"system_prompt" is a list, expected a string'):
+        read_records(wrong)
+
+
+def test_columns_that_are_not_used_are_kept_by_name(tmp_path):
+    rows = [
+        {"id": 1, "split": "train", "text": "t", "url": "u", "title": "x"},
+        {"text": "t", "url": "u", "empty": None, "tools": []},
+        {"text": "t", "system": "s"},
+        {"question": "q", "answer": "a", "context": ["c"], "url": "u"},
+        "t",
+        {"text": "t", "split": "eval", "of": "another split"},
+    ]
+    rows = [{**r, "split": r.get("split", "train")} if isinstance(r, dict) else r for r in rows]
+    file = write_lines(tmp_path / "x.jsonl", rows)
+    found = read_records(file, split="train", max_bad_share=0.5)
+    assert found.unused == (("url", 3), ("title", 1), ("system", 1), ("context", 1))
+    assert found.where(lambda key: False).unused == found.unused
+
+
 def test_texts_and_folders(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ndocument\n")
     (tmp_path / "a.json").write_text('["first", "second"]')
@@ -60,6 +99,7 @@ def test_texts_and_folders(tmp_path):
 
 
 GOOD = {"prompt": "q", "completion": "a"}
+ASKED = [{"role": "user", "content": "q"}]
 BAD_ROWS = [
     (b'{"prompt": "q", \n', "malformed JSON"),
     (b'{"prompt": "q", "completion": "\xff"}\n', "invalid UTF-8 at byte 31"),
@@ -83,6 +123,14 @@ BAD_ROWS = [
     ({"messages": [{"role": "user"}]}, "missing keys: messages[0] has no content"),
     ({"messages": [{"role": "narrator", "content": "q"}]}, "unknown role 'narrator'"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, '"tool_calls" is not supported'),
+    (
+        {"messages": [*ASKED, {"role": "assistant", "content": "a", "thinking": "t"}]},
+        '"thinking" is not supported',
+    ),
+    (
+        {"messages": [*ASKED, {"role": "assistant", "content": "a", "weight": 0}]},
+        'messages[1]: a "weight" other than 1 is not supported',
+    ),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}, "empty answer"),
     ({**GOOD, "tools": [{}]}, '"tools" is not supported'),
 ]
@@ -99,6 +147,15 @@ def test_bad_rows_are_named_with_file_line_and_reason(tmp_path, row, reason):
     with pytest.raises(DataError) as raised:
         read_records(file, strict=True, max_bad_share=0.5)
     assert f"{file}:3: {bad.reason}" in str(raised.value)
+
+
+def test_weights_that_say_what_is_done_are_fine(tmp_path):
+    """Every answer is learned, no question is."""
+    rows = [
+        {"messages": [{**ASKED[0], "weight": 0}, {"role": "assistant", "content": "a", "weight": weight}]}
+        for weight in (1, 1.0, None)
+    ]
+    assert read_records(write_lines(tmp_path / "x.jsonl", rows)).records == (dialogue("q", "a"),) * 3
 
 
 def test_bad_rows_of_lists_and_texts(tmp_path):
