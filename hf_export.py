@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dense_weights import DTYPES, DenseSource, DenseWeight
-from qwen_prime_wrapper import ARCHITECTURES, TOKENIZER_FILES
+from qwen_prime_wrapper import ARCHITECTURES, TOKENIZER_FILES, TURN_END, tokenizer_from_checkpoint
 from whole_output import new_folder
 
 SAFETENSORS_NAMES = {
@@ -140,9 +140,19 @@ def folder_config(source: DenseSource, dtype: str) -> dict[str, Any]:
 
 
 def write_companions(folder: Path, source: DenseSource) -> None:
-    """Tokenizer, chat template and generation config, byte for byte as the source had them."""
+    """Tokenizer, chat template and generation config, byte for byte as the source had them; but a trained model ends
+    its answers where conversations taught it to, which the generation config of a base model does not name."""
     for name, data in source.files.items():
         (folder / name).write_bytes(data)
+    tokenizer = tokenizer_from_checkpoint(source.checkpoint)
+    if source.checkpoint["stage"] != "train" or TURN_END not in str(tokenizer.chat_template or ""):
+        return
+    generation = json.loads(source.files.get("generation_config.json", b"{}"))
+    own = generation.get("eos_token_id", source.config.get("eos_token_id"))
+    stops = own if isinstance(own, list) else [] if own is None else [own]
+    end = tokenizer.get_vocab().get(TURN_END)
+    if end is not None and end not in stops:
+        write_json(folder / "generation_config.json", {**generation, "eos_token_id": [*stops, end]})
 
 
 def _stored(weight: DenseWeight, dtype: torch.dtype) -> StoredTensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,38 @@ def test_companions_are_the_source_s_own(checkpoints: dict[str, Path], tmp_path:
     text = "def f(x):\n    return x  # größer"
     ours = load_model(checkpoints["qwen2-tied"])[1]
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == ours(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "template", "own", "wanted"),
+    [
+        ("train", "<|im_end|>", 7, [7, "end"]),
+        ("train", "<|im_end|>", [7, 8], [7, 8, "end"]),
+        ("train", "<|im_end|>", ["end", 7], ["end", 7]),
+        ("train", "other", 7, 7),
+        ("init", "<|im_end|>", 7, 7),
+    ],
+)
+def test_a_trained_model_ends_where_conversations_taught_it(
+    checkpoints: dict[str, Path], tmp_path: Path, stage: str, template: str, own: Any, wanted: Any
+) -> None:
+    """Base models know another end of a text; what writes nothing new writes the source's bytes."""
+    source = open_dense(checkpoints["qwen2-tied"])
+    end = load_model(checkpoints["qwen2-tied"])[1].convert_tokens_to_ids("<|im_end|>")
+
+    def named(ids: Any) -> Any:
+        return [end if i == "end" else i for i in ids] if isinstance(ids, list) else ids
+
+    given = json.dumps({"eos_token_id": named(own), "top_k": 20}).encode()
+    files = {"chat_template.jinja": template.encode(), "generation_config.json": given}
+    kept = source.checkpoint["tokenizer"]["files"]
+    kept |= {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
+    source.checkpoint["stage"] = stage
+    export_hf(source, tmp_path / "out", "bfloat16", 10**9, False)
+    written = (tmp_path / "out" / "generation_config.json").read_bytes()
+    assert json.loads(written) == {"eos_token_id": named(wanted), "top_k": 20}
+    assert (written == given) == (named(wanted) == named(own))
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == named(wanted)
 
 
 def test_overflow_is_refused_by_name_and_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
