@@ -101,23 +101,23 @@ class Source:
         return tensor
 
 
-def open_source(model: str, revision: str | None = None) -> Source:
-    """Read a source's config and the index of its tensors; no weights yet.
+def find_weights(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors of a model folder, chosen as transformers does, and the index's file name for each tensor.
+
+    That is model.safetensors where it is there (an index beside it is of an older save), else what the index names;
+    without either all of them, and nothing is said of tensors.
 
     Raises:
-        ImportProblem: missing or unreadable files.
+        ImportProblem: no safetensors, or an index that cannot be read or names what is not there.
     """
-    folder, found_revision = locate_source(model, revision)
-    try:
-        hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ImportProblem(f"{folder} has no config.json: expected a Hugging Face model folder") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ImportProblem(f"cannot read {folder / 'config.json'}: {error}") from error
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single], {}
+    mapped: dict[str, str] = {}
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+            names = sorted(set(mapped.values()))
             files = [folder / name for name in names]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ImportProblem(f"cannot read {index}: {one_line(error)}") from error
@@ -132,14 +132,41 @@ def open_source(model: str, revision: str | None = None) -> Source:
         raise ImportProblem(
             f"{folder} has no safetensors: convert other formats with transformers' save_pretrained first"
         )
+    return files, mapped
+
+
+def open_source(model: str, revision: str | None = None) -> Source:
+    """Read a source's config and the index of its tensors; no weights yet.
+
+    Raises:
+        ImportProblem: missing or unreadable files.
+    """
+    folder, found_revision = locate_source(model, revision)
+    try:
+        hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ImportProblem(f"{folder} has no config.json: expected a Hugging Face model folder") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ImportProblem(f"cannot read {folder / 'config.json'}: {error}") from error
+    files, mapped = find_weights(folder)
     tensors: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    tensors[name] = (file, tuple(handle.get_slice(name).get_shape()))
+                shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ImportProblem(f"cannot read {file}: {error}") from error
+        for name, shape in shapes.items():
+            if mapped.get(name, file.name) != file.name:
+                raise ImportProblem(
+                    f"{name} is in {file.name} of {folder}, the index names {mapped[name]}: download both again"
+                )
+            if name in tensors:
+                raise ImportProblem(
+                    f"{name} is in {tensors[name][0].name} and in {file.name} of {folder}, expected once: move away "
+                    "what is not this model's"
+                )
+            tensors[name] = (file, shape)
     return Source(folder, model, found_revision, hf_config, tensors)
 
 

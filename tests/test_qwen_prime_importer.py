@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants as hub_constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     difference,
     encode_documents,
@@ -525,8 +525,37 @@ def test_a_shard_that_the_index_names_is_missing(refuse: Callable[..., str], tmp
     "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}']
 )
 def test_a_broken_index(refuse: Callable[..., str], source: Path, content: str) -> None:
+    # Beside a model.safetensors nobody reads it.
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
     (source / "model.safetensors.index.json").write_text(content, encoding="utf-8")
     refuse(source)
+
+
+def test_weights_are_chosen_as_transformers_does(
+    refuse: Callable[..., str], tiny: Imported, source: Path, tmp_path: Path
+) -> None:
+    """Other files and an older save's index beside model.safetensors are not the model."""
+    single, backup = source / "model.safetensors", source / "zz_backup.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in load_file(single).items()}, backup)
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(single), backup.name)}), encoding="utf-8")
+    import_source(source, tmp_path / "x.pt")
+    assert same_tensors(tiny[1], tmp_path / "x.pt")
+    single.rename(source / "aa.safetensors")
+    import_source(source, tmp_path / "backup.pt")
+    assert not same_tensors(tiny[1], tmp_path / "backup.pt")
+    index.unlink()
+    refuse(source, words=["aa.safetensors", backup.name, "expected once"])
+
+
+def test_a_tensor_in_another_shard_than_the_index_says(refuse: Callable[..., str], tmp_path: Path) -> None:
+    sharded = write_source(tmp_path / "sharded", tiny_config(), max_shard_size="60KB")
+    path = sharded / "model.safetensors.index.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    first = sorted(content["weight_map"].values())[0]
+    content["weight_map"]["model.norm.weight"] = first
+    path.write_text(json.dumps(content), encoding="utf-8")
+    refuse(sharded, words=["model.norm.weight", first, "index"])
 
 
 @pytest.mark.parametrize(
