@@ -56,11 +56,13 @@ log = logging.getLogger("verify")
 KL_LIMIT = {0: 1e-7, 6: 1e-4}
 """Nats per token, by the manifold's vote bits: ten bits of index cost about what rounding to bf16 costs."""
 LOSS_LIMIT = {0: 1e-5, 6: 1e-3}
+"""Nats per token, over the default number of tokens or more; see :func:`loss_limit`."""
 TOP1_LIMIT = {0: 0.999, 6: 0.99}
 COARSE_ENTROPY_LIMIT = 2.0
 """Bits of entropy of the coarse coordinate below which a tensor counts as collapsed; trained ones have about 6."""
 ROW_NOISE_LIMIT = 8.0
 """How many standard deviations of rounding noise a row's probe may be off."""
+_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class VerifyConfig:
     """Folder or hub id of the source model, to compare with."""
     text: Path | None = None
     """Text for the comparison; by default this suite's own source code."""
-    tokens: int = 8192
+    tokens: int = _TOKENS
     """How many tokens of the text to compare on."""
     json: Path | None = None
     """Also write the result as JSON."""
@@ -226,6 +228,16 @@ def reference_text(config: VerifyConfig) -> str:
         raise ModelError(f"cannot read {config.text}: {error}") from error
 
 
+def loss_limit(scored: int, vote_bits: int) -> float:
+    """How far the mean loss of so many tokens may be from the source's, in nats, for the manifold's vote bits.
+
+    A right import's difference is noise of about sqrt(2 KL / tokens), so fewer tokens than the default's get five
+    standard deviations of what they add to it.
+    """
+    added = max(0.0, 1 / max(scored, 1) - 1 / _TOKENS)
+    return max(LOSS_LIMIT[vote_bits], 5 * math.sqrt(2 * KL_LIMIT[vote_bits] * added))
+
+
 @torch.no_grad()
 def compare_on_text(
     model: PreTrainedModel, source: PreTrainedModel, ids: torch.Tensor, strict: bool, vote_bits: int = 0
@@ -257,7 +269,9 @@ def compare_on_text(
             count += len(p)
     kl, difference, same = kl / count, difference / max(scored, 1), same / count
     detail = f"over {count} tokens"
-    kl_limit, loss_limit, top1_limit = KL_LIMIT[vote_bits], LOSS_LIMIT[vote_bits], TOP1_LIMIT[vote_bits]
+    kl_limit, most = KL_LIMIT[vote_bits], loss_limit(scored, vote_bits)
+    # Two tokens that are equally likely are no mistake, and of a few hundred one alone would be below the limit.
+    top1_limit = min(TOP1_LIMIT[vote_bits], (count - 1) / count)
 
     def judge(name: str, value: float, limit: float, good: bool, words: str) -> Check:
         return Check(name, good or not strict, value, limit if strict else None, words)
@@ -267,8 +281,8 @@ def compare_on_text(
         judge(
             "reference.loss",
             difference,
-            loss_limit,
-            abs(difference) <= loss_limit,
+            most,
+            abs(difference) <= most,
             f"against the source, nats, {detail}",
         ),
         judge("reference.top1", same, top1_limit, same >= top1_limit, f"same top token, {detail}"),

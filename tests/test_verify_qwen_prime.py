@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ Checkpoint = dict[str, Any]
 
 UP = "model.layers.1.mlp.up_proj"
 Q = "model.layers.0.self_attn.q_proj"
+CODER = Path(__file__).resolve().parent.parent / "assets/tiny_coder"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -891,6 +893,60 @@ def test_one_changed_weight_shows_against_the_source(source: Path, tied: Path, t
     path = plant(tied, tmp_path / "x.pt", change)
     assert failed(verify(path, tmp_path)) == set()
     assert {"reference.snr_db", "reference.kl"} <= failed(verify(path, tmp_path, reference=str(source), tokens=64))
+
+
+def test_the_limits_of_the_default_size_are_the_stated_ones() -> None:
+    for bits, limit in ((0, 1e-5), (6, 1e-3)):
+        for scored in (8192 - 64, 8192 - 16, 8192, 100_000):
+            assert verifier.loss_limit(scored, bits) == limit
+        limits = [verifier.loss_limit(scored, bits) for scored in (0, 1, 15, 47, 511, 4096, 8000)]
+        assert limits == sorted(limits, reverse=True) and limits[-1] < 1.1 * limit
+        assert limits[3] == pytest.approx(5 * math.sqrt(2 * verifier.KL_LIMIT[bits] / 47), rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def coder(folder: Path) -> Path:
+    import_source(CODER, folder / "coder.pt")
+    return folder / "coder.pt"
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 512])
+def test_a_right_import_passes_with_few_tokens_and_wrong_ones_do_not(coder: Path, tmp_path: Path, tokens: int) -> None:
+    def judged(change: Callable[[torch.Tensor, torch.Tensor], None] | None) -> set[str]:
+        def wrong(checkpoint: Checkpoint) -> None:
+            assert change is not None
+            change(checkpoint["model"][f"{UP}.grid.indices"], checkpoint["model"][f"{UP}.grid.scale"])
+            # The probes agree: only the comparison can find it.
+            checkpoint["probes"][f"{UP}.weight"] = probe(
+                grids_of(model_from_checkpoint(checkpoint))[f"{UP}.grid"].dequantize()
+            )
+
+        path = plant(coder, tmp_path / "x.pt", wrong) if change is not None else coder
+        return failed(verify(path, tmp_path, reference=str(CODER), tokens=tokens))
+
+    assert judged(None) == set()
+    assert "reference.snr_db" in judged(lambda indices, scale: scale.mul_(1.001))
+    assert {"reference.snr_db", "reference.kl"} <= judged(lambda indices, scale: indices[7].zero_())
+
+
+def test_one_mismatch_of_few_tokens_is_no_failure() -> None:
+    class Model:
+        config = SimpleNamespace(max_position_embeddings=512)
+
+        def __init__(self, count: int, others: int) -> None:
+            self.logits = torch.zeros(1, count, 4)
+            self.logits[0, :, 0] = 1e-6
+            self.logits[0, :others, 1] = 2e-6
+
+        def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
+            return SimpleNamespace(logits=self.logits)
+
+    def passes(count: int, others: int) -> bool:
+        ids = torch.zeros(count, dtype=torch.int64)
+        checks = verifier.compare_on_text(Model(count, others), Model(count, 0), ids, True)  # type: ignore[arg-type]
+        return {c.name: c.passed for c in checks}["reference.top1"]
+
+    assert passes(16, 1) and not passes(16, 2) and passes(512, 1) and not passes(512, 2)
 
 
 def test_a_trained_checkpoint_is_compared_but_not_judged(source: Path, tied: Path, tmp_path: Path) -> None:
