@@ -426,6 +426,8 @@ def _joined(parts: list[list[Text]]) -> list[Text]:
 
 def waiting_hints(run: Run) -> list[str]:
     """What to do where nothing is to be seen."""
+    if run.events_behind:
+        return []
     if run.config:
         return ["The trainer is reading its data or compiling; the first step is shown as soon as it is written."]
     hints = ["Waiting for config.json and stats.jsonl there; the trainer writes them, Ctrl-C ends the waiting."]
@@ -450,8 +452,7 @@ def status_line(run: Run, now: float) -> str:
 def show_once(run: Run, console: Console, now: float) -> None:
     """Print one frame of the run as it is; where its history is long, at a glance."""
     run.refresh()
-    if not run.glanced:
-        run.read_all()
+    run.read_events() if run.glanced else run.read_all()
     console.print(render(run, now, console.width), no_wrap=True, crop=True)
 
 

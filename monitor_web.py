@@ -123,11 +123,12 @@ class Board:
         return {"runs": [{"id": i, **_brief(summarize(run, now, 1))} for i, run in enumerate(self.runs)]}
 
     def series(self, query: Query) -> dict[str, Any]:
-        """Curves."""
+        """Curves, and the last step there is, be it asked for or not."""
         run = self._run(query)
         most = query.whole("points", 1200, 10, POINTS_MOST)
         steps, columns = run.history.points(SERIES, most, query.step("from"), query.step("to"))
-        return {**_place(run), "steps": steps, "columns": columns}
+        last = run.history.steps[-1] if run.history else None
+        return {**_place(run), "last": last, "steps": steps, "columns": columns}
 
     def heat(self, query: Query) -> dict[str, Any]:
         """A quantity by layer and step."""

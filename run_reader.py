@@ -5,7 +5,8 @@ replaced a file, a hundred thousand steps late. So a file is read from where the
 from its beginning where what was read is no longer there (another file, a shorter one, other bytes before the place).
 What is not a JSON object is passed over; numbers that are missing or not finite are NaN. After a return to an earlier
 checkpoint, or a resume, steps are counted again from there: lines of later steps then describe a past that did not
-happen, and are dropped with the first line that goes back.
+happen, and are dropped with the first line that goes back; samples and evaluations of such steps with the event that
+tells of the return.
 
 Columns are arrays of the standard library (eight bytes a number of the run, four a number of a layer): 100,000 steps of
 28 layers are some 70 MB. Rejected: keeping every k-th step, which loses the spike that one looks for; a database beside
@@ -45,7 +46,7 @@ BY_LAYER = ("flip_rate", "movement", "vote_pressure", "agreement", "agreement_co
 HEAD = "head"
 PORTION = 1 << 18
 """Bytes that one look parses before it lets others have their turn."""
-EVENTS_KEPT, SAMPLES_KEPT, LAYERS_MAX = 5000, 2000, 1000
+EVENTS_KEPT, SAMPLES_KEPT, RETURNS_KEPT, LAYERS_MAX = 5000, 2000, 100, 1000
 GLANCE_FROM, GLANCE_LINES = 8 << 20, 400
 """From how many bytes on a file is glanced at first, and at how many lines."""
 
@@ -398,6 +399,7 @@ class Run:
         self._stats, self._events, self._samples = (Tail(self.folder / name) for name in (STATS, EVENTS, SAMPLES))
         self._seen: dict[str, tuple[int, int, int]] = {}
         self._evaluations: dict[str, Evaluation | None] = {}
+        self._returns: deque[tuple[int, float]] = deque(maxlen=RETURNS_KEPT)
         self._whole = self.history
 
     @property
@@ -407,8 +409,15 @@ class Run:
 
     @property
     def behind(self) -> float:
-        """Share of the statistics that is still to be read, 0 to 1."""
-        return self._stats.behind / max(1, self._stats.behind + self._stats.offset)
+        """Share of the telemetry that is still to be read, 0 to 1."""
+        tails = (self._stats, self._events, self._samples)
+        left = sum(tail.behind for tail in tails)
+        return left / max(1, left + sum(tail.offset for tail in tails))
+
+    @property
+    def events_behind(self) -> bool:
+        """Whether there are events that were not read yet: what was read then says nothing of how the run ended."""
+        return self._events.behind > 0
 
     @property
     def weights(self) -> dict[str, float]:
@@ -421,8 +430,30 @@ class Run:
         before = self.changes
         self._refresh_files()
         self._refresh_stats(limit, glancing)
-        for event in self._follow(self._events, self.events.clear, PORTION):
+        self._refresh_events()
+        return self.changes != before
+
+    def read_all(self) -> None:
+        """Read to the present end of all files."""
+        self.refresh(glancing=False)
+        while self.behind:
+            self.refresh()
+
+    def read_events(self) -> None:
+        """Read events and samples to their present end; of the statistics what there is stays as it is."""
+        self._refresh_events()
+        while self._events.behind or self._samples.behind:
+            self._refresh_events()
+
+    def _refresh_events(self) -> None:
+        """What is new of events and samples. After a return to a checkpoint what was written of later steps is of a
+        past that did not happen: it is dropped."""
+        before = self.changes
+        for event in self._follow(self._events, self._forget_events, PORTION):
             self.events.append(event)
+            to = whole(event.get("to"))
+            if event.get("event") == "roll_back" and to is not None:
+                self._returns.append((to, number(event.get("timestamp"))))
         for sample in self._follow(self._samples, self.samples.clear, PORTION):
             step = whole(sample.get("step"))
             if step is not None:
@@ -432,13 +463,18 @@ class Run:
                 self.samples[key] = sample
                 while len(self.samples) > SAMPLES_KEPT:
                     del self.samples[next(iter(self.samples))]
-        return self.changes != before
+        if self.changes == before:
+            return
+        for key in [k for k, s in self.samples.items() if self._undone(k[0], number(s.get("timestamp")))]:
+            del self.samples[key]
+        self._choose_evaluations()
 
-    def read_all(self) -> None:
-        """Read to the present end of all files."""
-        self.refresh(glancing=False)
-        while self._stats.behind or self._events.behind or self._samples.behind:
-            self.refresh()
+    def _undone(self, step: int, written: float) -> bool:
+        return any(step > to and written <= at for to, at in self._returns)
+
+    def _forget_events(self) -> None:
+        self.events.clear()
+        self._returns.clear()
 
     def _follow(self, tail: Tail, forget: Any, limit: int) -> list[dict[str, Any]]:
         restarts = tail.restarts
@@ -492,6 +528,14 @@ class Run:
         for name in self._seen.keys() - now.keys():
             self._evaluations.pop(name, None)
         self._seen = now
-        found = [e for e in self._evaluations.values() if e is not None]
-        self.evaluations = sorted(found, key=lambda e: (e.step or 0, e.name))
+        self._choose_evaluations()
         self.changes += 1
+
+    def _choose_evaluations(self) -> None:
+        """Those of the present past, in the order of steps."""
+        found = [
+            e
+            for name, e in self._evaluations.items()
+            if e is not None and not self._undone(e.step or 0, self._seen[name][2] / 1e9)
+        ]
+        self.evaluations = sorted(found, key=lambda e: (e.step or 0, e.name))

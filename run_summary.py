@@ -107,7 +107,7 @@ class Summary(NamedTuple):
     saved_at: float | None
     saved_best: bool
     reading: float
-    """Share of the statistics that is still to be read."""
+    """Share of the telemetry that is still to be read."""
     settings: list[tuple[str, str]]
     unlocks: list[tuple[int, str]]
     """(step, layers) that opened or are planned to, for marks in a picture."""
@@ -131,6 +131,8 @@ def _last(run: Run, *kinds: str) -> dict[str, Any] | None:
 
 def state_of(run: Run, now: float, pace: float | None) -> tuple[State, str]:
     """The state of a run, and how it is known."""
+    if run.events_behind:
+        return "waiting", "its events are still being read"
     start = _last(run, "start")
     if start is None and not run.history:
         return (
@@ -454,7 +456,8 @@ def summarize(run: Run, now: float | None = None, events: int = 100) -> Summary:
         flips=_count(history.value("flips")),
         tokens=_count(history.value("tokens")),
         tokens_per_s=_known(history.value("tokens_per_s")),
-        waiting=waited / (seconds + waited) if seconds + waited > 0 else None,
+        # A step's seconds hold those in which it waited.
+        waiting=min(1.0, waited / seconds) if seconds > 0 and waited >= 0 else None,
         memory=_count(history.value("mem_peak_bytes")),
         memory_total=whole(run.config.get("memory_total_bytes")),
         rate=_known(history.value("lr")),

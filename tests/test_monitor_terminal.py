@@ -19,6 +19,7 @@ from rich.console import Console
 from watched_run import STEPS, append, copy_run, cut, recorded_line
 
 import monitor_terminal
+import run_reader
 from monitor_terminal import amount, grouped, render, share, sparkline, status_line
 from prime_telemetry import RunLog, this_process
 from run_reader import Evaluation, Run
@@ -139,7 +140,7 @@ def test_numbers_that_are_missing(tmp_path: Path) -> None:
     run.stats(step=2, loss=1.5, mem_peak_bytes=10, data={"epoch": 1, "block": 2, "row": 30, "rows": 400})
     run.stats(step=3, loss=1.5, data_seconds=1.0, seconds=3.0, tokens_per_s=10.0)
     text = "\n".join(frame(tmp_path, time.time()))
-    assert "25.0 % waiting for data" in text and "nan" not in text.lower().replace("nan, limit nan", "")
+    assert "33.3 % waiting for data" in text and "nan" not in text.lower().replace("nan, limit nan", "")
 
 
 def test_data_position(tmp_path: Path) -> None:
@@ -181,6 +182,27 @@ def test_states_and_how_they_are_known(tmp_path: Path) -> None:
     assert found == "crashed" and "gone without a word" in how
     run.event("end", step=5)
     assert state(tmp_path)[0] == "finished"
+
+
+def test_a_long_finished_run_is_not_called_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end stands behind more events than one look reads, and its process is gone."""
+    monkeypatch.setattr(run_reader, "GLANCE_FROM", 2000)
+    run = RunLog(tmp_path)
+    gone = {**this_process(), "ticks": 0}
+    run.event("start", step=0, checkpoint="x_prime_init.pt", process=gone)
+    for step in range(1, 3001):
+        append(tmp_path / "stats.jsonl", step=step, loss=1.0, timestamp=1e9 + step, seconds=1.0)
+        append(tmp_path / "events.jsonl", event="save", step=step, place="x" * 99, timestamp=1e9 + step)
+    run.event("end", step=3000, path="x")
+    run.sample(step=3000, prompt="p", text="the last words")
+    first = Run(tmp_path)
+    first.refresh()
+    assert first.glanced and first.events_behind and first.behind > 0
+    s = summarize(first)
+    assert (s.state, s.how) == ("waiting", "its events are still being read")
+    out = io.StringIO()
+    monitor_terminal.show_once(Run(tmp_path), Console(file=out, width=80), time.time())
+    assert "● finished" in out.getvalue() and "the last words" in out.getvalue()
 
 
 def test_best_is_of_the_whole_run_and_knows_the_first_evaluation(tmp_path: Path) -> None:

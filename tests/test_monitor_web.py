@@ -99,7 +99,7 @@ def test_series_heat_samples_and_overview(one: Served) -> None:
     assert series["steps"] == list(range(1, STEPS + 1))
     assert series["columns"]["loss"] == [recorded_line(s)["loss"] for s in series["steps"]]
     part = one.get("/api/series?from=100&to=120")
-    assert part["steps"] == list(range(100, 121))
+    assert part["steps"] == list(range(100, 121)) and part["last"] == STEPS
     assert len(one.get("/api/series?points=60")["steps"]) < 100
     heat = one.get("/api/heat?quantity=movement&columns=24")
     assert heat["layers"] == ["head", "5", "4", "3", "2", "1", "0"] and heat["bounds"] == [*range(1, 241, 10), 241]
@@ -365,6 +365,37 @@ def test_what_is_appended_appears_without_reload(browser: Any, run: Path) -> Non
         append(run / "stats.jsonl", **recorded_line(70))
         wait_for(lambda: browser.execute_script("return monitor.charts.loss.chart.data[0].at(-1)") == 70)
         assert browser.execute_script("return window.untouched") is True
+        no_complaints(browser)
+
+
+def test_a_reload_between_two_looks_shows_no_step_twice(browser: Any, run: Path) -> None:
+    with served(cut(run, 65)) as found:
+        open_page(browser, found.url)
+        here = found.get("/api/series")["generation"]
+        news = json.dumps(found.get(f"/api/news?generation={here}&after=62"))
+        put = (
+            "const run = monitor.runs[0]; const news = JSON.parse(arguments[0]); const real = window.fetch;"
+            "window.fetch = async (url) => url.startsWith('/api/news')"
+            " ? {ok: true, json: async () => JSON.parse(arguments[0])} : real(url);"
+        )
+        browser.execute_script(put, news)
+        time.sleep(2.5)
+        assert browser.execute_script("return monitor.runs[0].steps") == list(range(1, 66))
+        assert browser.execute_script("return monitor.runs[0].heat.bounds") == list(range(1, 67))
+        no_complaints(browser)
+
+
+def test_a_zoomed_page_asks_for_what_is_new_only(browser: Any, run: Path) -> None:
+    with served(run) as found:
+        open_page(browser, found.url)
+        browser.execute_script("monitor.charts.loss.page.zoom({from: 30, to: 60})")
+        wait_for(lambda: browser.execute_script("return monitor.runs[0].steps.length") == 31)
+        append(run / "stats.jsonl", **recorded_line(200))
+        wait_for(lambda: found.get("/api/series")["last"] == 200)
+        wait_for(lambda: browser.execute_script("return monitor.runs[0].newest") == 200)
+        append(run / "stats.jsonl", **recorded_line(201))
+        wait_for(lambda: browser.execute_script("return monitor.runs[0].newest") == 201)
+        assert browser.execute_script("return monitor.runs[0].steps") == [*range(30, 61), 201]
         no_complaints(browser)
 
 

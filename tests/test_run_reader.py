@@ -238,6 +238,37 @@ def test_config_events_samples_and_evaluations(tmp_path: Path) -> None:
     assert not run.refresh()
 
 
+def test_after_a_return_samples_and_evaluations_of_later_steps_are_gone(tmp_path: Path) -> None:
+    def evaluation(step: int, written: float) -> None:
+        path = tmp_path / f"EVAL_x_step_{step}.json"
+        path.write_text(json.dumps({"name": "x", "step": step, "scores": {"suite": [step, 400]}}))
+        os.utime(path, (written, written))
+
+    def line(name: str, **fields: Any) -> None:
+        with open(tmp_path / name, "a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+    run = Run(tmp_path)
+    for step in (100, 200, 300):
+        line("samples.jsonl", step=step, prompt="p", text=f"before {step}", timestamp=1000.0 + step)
+        evaluation(step, 1000.0 + step)
+    run.refresh()
+    assert [step for step, _ in run.samples] == [e.step for e in run.evaluations] == [100, 200, 300]
+    line("events.jsonl", event="roll_back", step=310, to=100, timestamp=1310.0)
+    assert run.refresh()
+    assert [step for step, _ in run.samples] == [e.step for e in run.evaluations] == [100]
+    line("samples.jsonl", step=200, prompt="p", text="after", timestamp=1410.0)
+    line("samples.jsonl", step=300, prompt="q", text="no time is known")
+    evaluation(200, 1410.0)
+    for reader in (run, Run(tmp_path)):
+        reader.refresh()
+        assert [s["text"] for s in reader.samples.values()] == ["before 100", "after", "no time is known"]
+        assert [e.step for e in reader.evaluations] == [100, 200]
+    (tmp_path / "events.jsonl").write_text("")
+    run.refresh()
+    assert [e.step for e in run.evaluations] == [100, 200, 300], "another run's events: nothing is known of a return"
+
+
 def test_a_folder_that_comes_later(tmp_path: Path) -> None:
     run = Run(tmp_path / "later")
     assert not run.refresh()

@@ -44,8 +44,6 @@ async function ask(path, parameters) {
   return response.json();
 }
 
-const lastStep = (run) => (run.steps.length ? run.steps[run.steps.length - 1] : null);
-
 function asked() {
   const z = page.zoomed;
   if (!z) return {};
@@ -55,7 +53,13 @@ function asked() {
 
 async function loadSeries(run) {
   const answer = await ask("series", { run: run.id, points: POINTS, ...asked() });
-  Object.assign(run, { generation: answer.generation, steps: answer.steps, columns: answer.columns });
+  // Of a part of the run the last step is not the newest: whoever takes it for that is sent everything again.
+  Object.assign(run, {
+    generation: answer.generation,
+    newest: answer.last,
+    steps: answer.steps,
+    columns: answer.columns,
+  });
 }
 
 async function loadHeat(run) {
@@ -80,20 +84,22 @@ async function look(run) {
   if (news.reset) {
     run.generation = news.generation;
     await reload([run]);
-    run.newest = lastStep(run);
   } else if (fresh) {
     append(run, news);
     if (run.steps.length > 2 * POINTS || !appendHeat(run, news.heat)) await reload([run]);
-    run.newest = Math.max(run.newest ?? -1, lastStep(run));
   }
   run.changes = news.changes;
   if (news.summary) run.summary = news.summary;
   return { curves: news.reset || fresh, summary: Boolean(news.summary) };
 }
 
+/** Put new steps behind the others; a reload between question and answer may have brought some of them. */
 function append(run, news) {
-  run.steps.push(...news.steps);
-  for (const [name, values] of Object.entries(news.columns)) run.columns[name].push(...values);
+  const held = run.steps.at(-1) ?? -1;
+  const known = news.steps.filter((step) => step <= held).length;
+  run.steps.push(...news.steps.slice(known));
+  for (const [name, values] of Object.entries(news.columns)) run.columns[name].push(...values.slice(known));
+  run.newest = Math.max(run.newest ?? -1, news.steps.at(-1));
 }
 
 /** Whether the new columns could be put beside the others. */
@@ -101,9 +107,12 @@ function appendHeat(run, fresh) {
   if (run.id !== page.focus) return true;
   const { heat } = run;
   if (!heat || heat.layers.join() !== fresh.layers.join() || heat.bounds.length > 2 * COLUMNS) return false;
+  const end = heat.bounds.at(-1) ?? 0;
+  const known = fresh.bounds.slice(0, -1).filter((bound) => bound < end).length;
+  if (known === fresh.bounds.length - 1) return true;
   heat.bounds.pop();
-  heat.bounds.push(...fresh.bounds);
-  heat.rows.forEach((row, i) => row.push(...fresh.rows[i]));
+  heat.bounds.push(...fresh.bounds.slice(known));
+  heat.rows.forEach((row, i) => row.push(...fresh.rows[i].slice(known)));
   return true;
 }
 
