@@ -299,6 +299,9 @@ class GhostGrid(nn.Module):
             rows: int64 ``(n,)``, each row at most once.
             use: tells two uses of one grid (head and embedding) apart in the random draw.
             part: tells the slices of one use apart.
+
+        Raises:
+            GhostError: the grid is locked; or its votes of this use, part and micro-batch stand already.
         """
         ballot = self.ballot
         self._open_state()
@@ -311,6 +314,12 @@ class GhostGrid(nn.Module):
         elif ballot.mode == "measure":
             ballot.rule.measure(self, gradient.float(), rows)
         elif ballot.mode == "cast":
+            if (self.name, use, part) in ballot.standing:
+                # A micro-batch has room for its own votes only: a second time they could wrap.
+                raise GhostError(
+                    "two forward passes voted in one micro-batch: call backward after each forward, or join them into "
+                    "one batch"
+                )
             first, last = ballot.micro_batch == 0, ballot.micro_batch == ballot.micro_batches - 1
             if ballot.listening and (first or last) and self.hearing.use in (None, use):
                 self.hearing.use = use

@@ -275,7 +275,7 @@ def test_cross_entropy_of_frozen_hidden_states_still_votes(slices: int | None) -
 def test_autocast_computes_in_bfloat16() -> None:
     ballot = Ballot(rule=PLAIN)
     layer = GhostLinearTandem(new_grid(23, 64, 13, ballot), bias=True)
-    head = new_grid(41, 23, 14, ballot)
+    head = new_grid(41, 23, 14, ballot, "head")
     arm(layer.grid, 20.0)
     arm(head, 20.0)
     ballot.open("cast", 0, 0, 1)
@@ -640,6 +640,22 @@ def test_apply_skips_locked_grids() -> None:
 # -- votes ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_micro_batch_votes_once() -> None:
+    """Two forward passes before a backward pass would have the room of one micro-batch, and could wrap a buffer."""
+    ids, targets = randint(37, (4, 9), 52), randint(37, (4, 9), 53)
+    ballot = Ballot(rule=PLAIN)
+    model = Tiny(ballot)
+    for grid in core.grids_of(model).values():
+        arm(grid, 100.0)
+    ballot.open("cast", 0, 0, 2)
+    with pytest.raises(GhostError, match="two forward passes voted in one micro-batch"):
+        (model(ids, targets) + model(ids, targets)).backward()
+    ballot.open("retract", 0, 0, 2)
+    model(ids, targets).backward()
+    ballot.open("cast", 0, 1, 2)
+    model(ids, targets).backward()
+
+
 @pytest.mark.parametrize("mode", ["cast", "measure"])
 def test_gradient_checkpointing_changes_no_vote(mode: str, slices: int | None) -> None:
     states = []
@@ -654,6 +670,7 @@ def test_gradient_checkpointing_changes_no_vote(mode: str, slices: int | None) -
                 model(ids, targets, recompute).backward()
             else:  # what counting a recomputed forward pass would give: everything twice
                 model(ids, targets).backward()
+                ballot.standing.clear()  # a second time is refused
                 model(ids, targets).backward()
             if stage == "measure":
                 for grid in grids.values():
@@ -679,13 +696,13 @@ def products(run: Callable[[], Any]) -> int:
 def test_a_recomputation_leaves_out_the_last_product() -> None:
     """Two layers, the second of which needs nothing but the input that is there once the first is computed again."""
     ballot = Ballot(rule=PLAIN)
-    first, last = (GhostLinearTandem(new_grid(19, 19, seed, ballot)) for seed in (61, 62))
+    first, last = (GhostLinearTandem(new_grid(19, 19, seed, ballot, str(seed))) for seed in (61, 62))
     for layer in (first, last):
         arm(layer.grid, 40.0)
     x = randn(7, 19, seed=63).requires_grad_()
-    ballot.open("cast", 0, 0, 1)
 
     def run(recompute: bool) -> None:
+        ballot.open("cast", 0, 0, 1)
         both = lambda x: last(first(x).sin())  # noqa: E731
         out = checkpoint(both, x, use_reentrant=False) if recompute else both(x)
         out.sum().backward()
@@ -702,10 +719,10 @@ def test_a_head_computes_logits_again_only_where_they_are_large(
     arm(grid, 40.0)
     parts = list(grid.slices())
     targets = randint(23, (46,), 66)
-    ballot.open("cast", 0, 0, 1)
     results = []
     for limit, again in ((46 * 23 * 4, 0), (46 * 23 * 4 - 1, 1), (0, len(parts))):
         monkeypatch.setattr(core, "KEPT_LOGITS", limit)
+        ballot.open("cast", 0, 0, 1)
         x = randn(46, 19, seed=65).requires_grad_()
         assert products(lambda x=x: ghost_cross_entropy(x, targets, grid).backward()) == 3 * len(parts) + again
         results.append(x.grad)
@@ -815,6 +832,7 @@ def test_mean_vote_is_the_gradient_in_units_of_the_yardstick(rule: VoteRule) -> 
     total = torch.zeros(6, 8, dtype=torch.float64)
     for seed in range(rounds):
         ballot.seed = seed
+        ballot.open("cast", 3, 2, 4)
         words.copy_(empty)
         layer(x).backward(upstream)
         total -= layer.grid.votes
