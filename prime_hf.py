@@ -23,7 +23,10 @@ import logging
 import re
 import shutil
 import types
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -263,6 +266,19 @@ def _without_votes(tensor: torch.Tensor, table: Manifold) -> Iterator[torch.Tens
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+def _begin_micro_batch(
+    optimizer: weakref.ref[PrimeVoteOptimizer],
+    listened: weakref.ref[PreTrainedModel],
+    model: torch.nn.Module,
+    given: Any,
+) -> None:
+    """The hook of a model's forward pass: tell its optimizer, while there is one. A copy of the model has a copy of the
+    hook and is nobody's."""
+    mine = optimizer()
+    if mine is not None and listened() is model and mine.listens():
+        mine._begin(model, given)
+
+
 class PrimeVoteOptimizer(torch.optim.AdamW):
     """Votes for the grids, AdamW for norms and biases; give it to a Trainer as ``optimizers=(optimizer, None)``.
 
@@ -270,8 +286,12 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
     counted by the model's forward passes in training mode; a step may have fewer than ``micro_batches`` (the end of an
     epoch) and not more. ``state_dict`` holds votes, row state and step, so a Trainer's checkpoints resume exactly.
     A micro-batch whose loss is not finite does not vote, and not finite gradients of norms and biases skip their step.
-    One process only: votes are not summed over processes.
+    One process only: votes are not summed over processes. No GradScaler: votes have no overflow, and a scaled loss is
+    not what they count. A second one on the same model begins without votes, and the first no longer hears the model.
     """
+
+    _step_supports_amp_scaling = True
+    """A GradScaler then calls ``step`` at once, which refuses, and not only where a gradient is finite."""
 
     def __init__(
         self,
@@ -311,13 +331,24 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
         self.micro_batches = micro_batches
         self.ballot = Ballot(seed=seed, rule=rule if isinstance(rule, VoteRule) else rule_named(rule))
         self.moved: dict[str, Movement] = {}
-        self._count = self._voted = 0
+        self._begin_step()
         name_grids(model, self.ballot)
         for grid in self.grids.values():
             self.ballot.rule.check(grid.tables(), micro_batches, grid.uses)
+            # Another optimizer of this model may have left its votes, in units of its own.
+            grid.lock()
             grid.unlock()
         super().__init__(model.parameters(), lr=lr, betas=betas, weight_decay=0.0)
-        model.register_forward_pre_hook(self._begin)
+        model.register_forward_pre_hook(partial(_begin_micro_batch, weakref.ref(self), weakref.ref(model)))
+
+    def _begin_step(self) -> None:
+        """Nothing is counted yet: micro-batches, those of them that voted; nor seen: measuring, what is not finite."""
+        self._count = self._voted = 0
+        self._measured = self._not_finite = False
+
+    def listens(self) -> bool:
+        """Whether the model's grids vote on this optimizer's ballot: another one takes them over."""
+        return all(grid.ballot is self.ballot for grid in self.grids.values())
 
     def _begin(self, model: torch.nn.Module, _: Any) -> None:
         """Open the ballot for the micro-batch whose forward pass begins."""
@@ -345,7 +376,9 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
         """Take note of what the backward pass since the last forward pass has left."""
         ballot = self.ballot
         heard = bool(ballot.standing)
+        self._not_finite |= bool(ballot.non_finite)
         if ballot.mode == "measure":
+            self._measured = True
             waiting = [grid for grid in self.grids.values() if grid.waiting]
             for grid in waiting:
                 grid.finish_measuring()
@@ -364,7 +397,14 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move the weights by their votes and the float parameters by their gradients; ``moved`` says how far."""
+        """Move the weights by their votes and the float parameters by their gradients; ``moved`` says how far.
+
+        Raises:
+            RuntimeError: a GradScaler called; or norms and biases have gradients and no weight voted.
+        """
+        if hasattr(self, "found_inf"):
+            # It stays there: what a scaled loss has voted is of no use, another optimizer begins without it.
+            raise RuntimeError("PrimeVoteOptimizer needs no GradScaler and works with none: use bf16=True or float32")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -372,25 +412,29 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
         self._count_votes()
         self.ballot.close()
         group = self.param_groups[0]
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        finite = all(bool(torch.isfinite(g).all()) for g in gradients)
+        silent = not (self._voted or self._measured or self._not_finite)
+        if silent and finite and any(bool(g.any()) for g in gradients):
+            self._begin_step()
+            raise RuntimeError(
+                "no weight voted in this step: call model.train(), and the model itself rather than model.model, "
+                "before backward"
+            )
         self.ballot.voted = self._voted
         self.moved = apply_votes(self.grids, float(group["lr"]), self.vote_decay) if self._voted else {}
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        if all(bool(torch.isfinite(g).all()) for g in gradients):
+        if finite:
             super().step()
         else:
             log.warning("step %d: a gradient of norms or biases is not finite; they do not move", self.ballot.step)
         self.ballot.step += 1
-        self._count = self._voted = 0
+        self._begin_step()
         return loss
 
     def _settings(self) -> dict[str, Any]:
-        ballot = self.ballot
-        return {
-            "rule": ballot.rule.name,
-            "buffer": ballot.rule.buffer,
-            "seed": ballot.seed,
-            "micro_batches": self.micro_batches,
-        }
+        rule, seed = self.ballot.rule, self.ballot.seed
+        settings = {"seed": seed, "micro_batches": self.micro_batches, "weight_decay": self.vote_decay}
+        return {"rule": rule.name, **asdict(rule), **settings}
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's, and under ``prime`` the step, the settings and every grid's votes and row state (by reference)."""
@@ -401,19 +445,21 @@ class PrimeVoteOptimizer(torch.optim.AdamW):
         """Continue from :meth:`state_dict` (copied).
 
         Raises:
-            ValueError: no votes in it, or those of another rule, seed, number of micro-batches or model.
+            ValueError: no votes in it, or those of another rule, weight decay, seed, number of micro-batches or model.
         """
         state = dict(state_dict)
         prime = state.pop("prime", None)
         if prime is None:
             raise ValueError("the optimizer state has no votes: it is not PrimeVoteOptimizer's")
         for name, own in self._settings().items():
-            if prime[name] != own:
+            # States of before all of them were kept lack some.
+            if prime.get(name, own) != own:
                 raise ValueError(f"the optimizer state has {name} {prime[name]}, this optimizer {own}")
         if set(prime["votes"]) != set(self.grids):
             raise ValueError("the optimizer state has the votes of another model")
         super().load_state_dict(state)
-        self.ballot.step, self._count = int(prime["step"]), 0
+        self.ballot.step = int(prime["step"])
+        self._begin_step()
         for name, grid in self.grids.items():
             given, present = prime["votes"][name], grid.vote_state()
             if given.get("votes") is None or given["votes"] is not present.get("votes"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
 import json
 import os
@@ -21,6 +23,8 @@ import modeling_prime
 from ballots import Ballot, RuleError
 from dense_weights import open_dense
 from ghost_core import apply_votes, grids_of, name_grids
+from ghost_grid import GhostError
+from momentum_rules import MomentumRule
 from prime_checkpoint import load_checkpoint
 from prime_hf import PrimeConfig, PrimeVoteOptimizer, export_prime_hf
 from qwen_prime_wrapper import load_model, load_tokenizer
@@ -327,6 +331,98 @@ def test_a_head_that_is_read_votes_like_one_that_is_called(folders: dict[str, Pa
             optimizer.zero_grad()
         found.append(indices(model))
     assert all(torch.equal(words, found[1][name]) for name, words in found[0].items())
+
+
+def test_two_forward_passes_before_one_backward_pass_are_refused(folders: dict[str, Path]) -> None:
+    model, optimizer = open_for_training(folders["qwen2-tied"], micro_batches=2)
+    data = rows(4)
+    run_micro_batch(model, data[0])
+    with pytest.raises(GhostError, match="call backward after each forward"):
+        (model(**collate([data[1]])).loss + model(**collate([data[2]])).loss).backward()
+    assert optimizer.ballot.step == 0
+
+
+@pytest.mark.parametrize("kind", ["eval", "decoder"])
+def test_a_step_in_which_no_weight_voted_is_refused(folders: dict[str, Path], kind: str) -> None:
+    """Norms alone would learn, and nobody would be told: in eval mode, or past the model that opens the ballot."""
+    model, optimizer = open_for_training(folders["qwen2-tied"])
+    data = rows(3)
+    for row in data[:2]:  # the first is measured and does not vote
+        run_micro_batch(model, row)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.step()
+    floats = [p.detach().clone() for p in model.parameters()]
+    if kind == "eval":
+        run_micro_batch(model.eval(), data[2])
+    else:
+        hidden = model.model(input_ids=collate([data[2]])["input_ids"]).last_hidden_state
+        model.lm_head(hidden).sum().backward()
+    with pytest.raises(RuntimeError, match=r"no weight voted .* call model\.train\(\)"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), floats, strict=True))
+    optimizer.zero_grad()
+    run_micro_batch(model.train(), data[2])
+    optimizer.step()
+    assert sum(m.flips for m in optimizer.moved.values()) > 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**120])
+def test_a_scaler_is_refused_at_the_first_step(folders: dict[str, Path], scale: float) -> None:
+    """Whether the scaled gradients are finite or not."""
+    model, optimizer = open_for_training(folders["qwen2-tied"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(model(**collate(rows(1))).loss).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="needs no GradScaler and works with none: use bf16=True or float32"):
+        scaler.step(optimizer)
+
+
+def test_a_second_optimizer_begins_anew(folders: dict[str, Path]) -> None:
+    """A notebook cell that is run again: no votes of the first, which no longer hears the model."""
+    data = rows(4)
+    model, first = open_for_training(folders["qwen2-tied"])
+    for row in data:
+        run_micro_batch(model, row)
+        first.step()
+        first.zero_grad()
+    second = PrimeVoteOptimizer(model, lr=2e-3, rule=MomentumRule(buffer="int16"))
+    assert all(grid.waiting and not grid.votes.any() for grid in second.grids.values())
+    for row in data:
+        run_micro_batch(model, row)
+        second.step()
+        second.zero_grad()
+    assert second.ballot.step == 4 and sum(m.flips for m in second.moved.values()) > 0
+
+
+def test_a_copy_of_the_model_is_nobody_s(folders: dict[str, Path]) -> None:
+    """A frozen reference made with deepcopy computes the same and casts no votes; nor does an optimizer that is gone
+    hear the model."""
+    model, optimizer = open_for_training(folders["qwen2-tied"])
+    run_micro_batch(model, rows(1)[0])
+    optimizer.step()
+    reference = copy.deepcopy(model)
+    assert torch.equal(logits(reference), logits(model))
+    run_micro_batch(reference, rows(2)[1])
+    assert optimizer.ballot.mode == "closed" and optimizer._count == 0
+    del optimizer
+    gc.collect()
+    run_micro_batch(model, rows(2)[1])
+    assert next(iter(grids_of(model).values())).ballot.mode == "closed"
+
+
+def test_a_state_of_other_settings_is_refused(folders: dict[str, Path]) -> None:
+    _, optimizer = open_for_training(folders["qwen2-tied"], weight_decay=0.1, rule=MomentumRule(beta=0.9))
+    state = optimizer.state_dict()
+    for options, words in (
+        ({"weight_decay": 0.1}, r"beta 0\.9, this optimizer 0\.5"),
+        ({"rule": MomentumRule(beta=0.9)}, r"weight_decay 0\.1, this optimizer 0\.0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_for_training(folders["qwen2-tied"], **options)[1].load_state_dict(state)
+    # States of before these were kept.
+    older = {key: state["prime"][key] for key in ("rule", "buffer", "seed", "micro_batches", "step", "votes")}
+    open_for_training(folders["qwen2-tied"])[1].load_state_dict({**state, "prime": older})
 
 
 def test_refusals(folders: dict[str, Path], tmp_path: Path) -> None:
