@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -102,6 +102,15 @@ class GhostGrid(nn.Module):
         self._later = False
         self._hearing: Hearing | None = None
         self._inverse_scale: torch.Tensor | None = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GhostGrid:
+        """Moves of the module, as ``nn.Module``'s; a cast of its floats (``half``, ``to(torch.bfloat16)``) is not for
+        scales, which stay float32, bit for bit."""
+        exact = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != exact.dtype:
+            self.scale = exact.to(self.scale.device)
+        return self
 
     # -- the weight -------------------------------------------------------------------------------------------------
 

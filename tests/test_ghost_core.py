@@ -640,6 +640,19 @@ def test_apply_skips_locked_grids() -> None:
 # -- votes ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_cast_of_a_module_leaves_scales_alone() -> None:
+    """What bf16_full_eval and ``model.half()`` do: weights have no dtype, and rounded scales would move whole rows."""
+    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu")):
+        layer = GhostLinearTandem(new_grid(23, 19, 3), bias=True)
+        scale, weights = layer.grid.scale.clone(), layer.grid.dequantize()
+        cast(layer)
+        assert torch.equal(layer.grid.scale, scale) and layer.grid.scale.dtype == torch.float32
+        assert torch.equal(layer.grid.dequantize(), weights)
+        assert layer.bias is not None and set(dict(layer.named_buffers())) == {"grid.indices", "grid.scale"}
+    moved = GhostLinearTandem(new_grid(23, 19, 3)).to("meta", torch.float16)
+    assert moved.grid.scale.is_meta and moved.grid.scale.dtype == torch.float32 and moved.grid.indices.is_meta
+
+
 def test_a_micro_batch_votes_once() -> None:
     """Two forward passes before a backward pass would have the room of one micro-batch, and could wrap a buffer."""
     ids, targets = randint(37, (4, 9), 52), randint(37, (4, 9), 53)
