@@ -254,15 +254,21 @@ def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
         f"data: {len(encoded):,} documents, {encoded.tokens:,} tokens, {encoded.answer_tokens:,} answer tokens "
         f"({encoded.answer_tokens / max(1, encoded.tokens):.1%})"
     )
-    if encoded.cut or encoded.split_texts:
-        lines.append(
-            f"data: {encoded.cut:,} records cut at {encoded.seq_len} tokens, {encoded.dropped:,} of them dropped with "
-            f"no answer left; {encoded.split_texts:,} texts split"
-        )
+    lines += what_was_cut(encoded)
     if record_set.bad_rows:
         lines.append(f"data: {len(record_set.bad_rows):,} bad rows")
     lines += [f"data:   {bad}" for bad in record_set.bad_rows[:_SHOWN]]
     return "\n".join(lines)
+
+
+def what_was_cut(encoded: EncodedSet, where: str = "") -> list[str]:
+    """A line that counts what was cut, dropped and split, ``where`` at its front; none where nothing was."""
+    if not encoded.cut and not encoded.split_texts:
+        return []
+    return [
+        f"data: {where}{encoded.cut:,} records cut at {encoded.seq_len} tokens, {encoded.dropped:,} of them dropped "
+        f"with no answer left; {encoded.split_texts:,} texts split"
+    ]
 
 
 def unused_columns(record_set: RecordSet) -> list[str]:

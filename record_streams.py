@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ _WAITS = (2, 10, 60)
 """Seconds before a read that has failed is tried again."""
 _FEW_ROWS = 1000
 """Below so many rows a share of bad ones says little."""
+_MUCH_DROPPED = 0.05
+"""Share of an epoch's records without a target left that is worth a warning."""
 
 
 class ReadFailed(DataError):
@@ -207,7 +210,8 @@ class StreamBlocks:
         split, eval_split: which rows to learn and to score, of those that name a split; None: names are not looked at.
         hold_out: share of the records, by their keys, to score instead of learn in blocks whose rows name no split.
 
-    Raises ``DataError`` as ``sort_rows``; bad rows are counted over the whole epoch.
+    Raises ``DataError`` as ``sort_rows``; bad rows are counted over the whole epoch, and so are records that are
+    dropped because they are too long: where those are many, a warning says so once an epoch.
     """
 
     def __init__(
@@ -238,9 +242,10 @@ class StreamBlocks:
         self.last_turn_only = last_turn_only
         self._reading: tuple[int, int, Iterator[Row]] | None = None
         self._has_read = False
-        self._counted: dict[int, tuple[int, int]] = {}
-        """Of each block of the present epoch: rows examined, and bad ones."""
-        self._epoch = 0
+        self._counted: dict[int, Counter[str]] = {}
+        """Of each block of the present epoch: rows examined, bad ones, records encoded, those that were dropped."""
+        self._epoch = self._block = 0
+        self._warned = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -302,9 +307,10 @@ class StreamBlocks:
 
     def _count(self, epoch: int, number: int, rows: int, bad_rows: Sequence[BadRow]) -> None:
         if epoch != self._epoch:
-            self._epoch, self._counted = epoch, {}
-        self._counted[number] = rows, len(bad_rows)
-        examined, bad = (sum(counts) for counts in zip(*self._counted.values(), strict=True))
+            self._epoch, self._counted, self._warned = epoch, {}, False
+        self._block, self._counted[number] = number, Counter(rows=rows, bad=len(bad_rows))
+        so_far = self._so_far()
+        examined, bad = so_far["rows"], so_far["bad"]
         if bad_rows:
             log.warning("data: %d bad rows in block %d, first %s", len(bad_rows), number, bad_rows[0])
         if bad > self.max_bad_share * max(examined, _FEW_ROWS):
@@ -313,9 +319,12 @@ class StreamBlocks:
                 f"last: {bad_rows[-1] if bad_rows else '?'}. Allow a larger share with --max-bad-share"
             )
 
+    def _so_far(self) -> Counter[str]:
+        return sum(self._counted.values(), Counter())
+
     def encode(self, records: RecordSet) -> EncodedSet:
-        """Documents of records, none of them too long."""
-        return encode_records(
+        """Documents of records of the block that was read last, none of them too long."""
+        encoded = encode_records(
             records,
             self.tokenizer,
             self.seq_len,
@@ -323,6 +332,16 @@ class StreamBlocks:
             progress=False,
             may_be_empty=True,
         )
+        self._counted.setdefault(self._block, Counter()).update(records=len(records.records), dropped=encoded.dropped)
+        so_far = self._so_far()
+        if so_far["dropped"] > _MUCH_DROPPED * so_far["records"] and not self._warned:
+            self._warned = True
+            log.warning(
+                "data: of %d records so far in epoch %d %d were dropped, their answers begin behind %d tokens: give a "
+                "larger --seq-len",
+                *(so_far["records"], self._epoch, so_far["dropped"], self.seq_len),
+            )
+        return encoded
 
     def block(self, epoch: int, number: int) -> EncodedSet | None:
         """Documents to learn of a block."""
@@ -331,12 +350,20 @@ class StreamBlocks:
 
 
 class Prefetched:
-    """Blocks of which the next is being prepared, in one other thread, while the present one is in use."""
+    """Blocks of which the next is being prepared, in one other thread, while the present one is in use.
 
-    def __init__(self, blocks: Blocks) -> None:
+    Args:
+        first: block 0 of epoch 0 where it is there already: it is not made a second time.
+    """
+
+    def __init__(self, blocks: Blocks, first: EncodedSet | None = None) -> None:
         self._blocks = blocks
         self._worker = ThreadPoolExecutor(1, "data")
         self._coming: tuple[int, int, Future[EncodedSet | None]] | None = None
+        if first is not None:
+            ready: Future[EncodedSet | None] = Future()
+            ready.set_result(first)
+            self._coming = 0, 0, ready
 
     @property
     def fingerprint(self) -> str:

@@ -19,7 +19,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from answer_masks import ENCODING, EncodedSet, describe, encode_records, tokenizer_fingerprint
+from answer_masks import (
+    ENCODING,
+    EncodedSet,
+    describe,
+    encode_records,
+    tokenizer_fingerprint,
+    unused_columns,
+    what_was_cut,
+)
 from packed_batches import Blocks, OneBlock, recut
 from record_streams import DatasetId, FileRows, HubRows, Prefetched, RowStream, StreamBlocks, parse_source
 from text_records import DataError, RecordSet, drawn, read_records
@@ -128,7 +136,7 @@ def _open_held(
 ) -> tuple[EncodedSet, str]:
     source = parse_source(data)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
-        held = _open_shards(source, tokenizer, seq_len, 0).held
+        held = _valid_of(source, _manifest_of(source, tokenizer), seq_len)
         if held is None:
             raise DataError(f"{source} has no shards of the split valid, expected some in --eval-data")
         return held, f"held out: {len(held):,} documents of the shards in {source}"
@@ -147,22 +155,37 @@ def _open_held(
     return held, _marked(describe(records, held))
 
 
-def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> TrainingData:
+def _manifest_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Manifest:
     manifest = Manifest.read(folder)
     manifest.check_tokenizer(tokenizer_fingerprint(tokenizer))
+    return manifest
+
+
+def _valid_of(folder: Path, manifest: Manifest, seq_len: int) -> EncodedSet | None:
+    """Documents to score of a folder of shards."""
+    shards = manifest.splits.get("valid")
+    if not shards:
+        return None
+    first = read_tokens(folder / shards[0].file, shards[0].sha256)[0]
+    return recut(first.part(0, min(HELD_OUT_MOST, len(first))), seq_len)
+
+
+def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> TrainingData:
+    manifest = _manifest_of(folder, tokenizer)
     shards = {name: tuple(manifest.splits.get(name, ())) for name in ("train", "valid")}
     if not shards["train"]:
         raise DataError(f"{folder}: the manifest has no shards of the split train")
-    held = None
-    if shards["valid"]:
-        first = read_tokens(folder / shards["valid"][0].file, shards["valid"][0].sha256)[0]
-        held = recut(first.part(0, min(HELD_OUT_MOST, len(first))), seq_len)
+    held = _valid_of(folder, manifest, seq_len)
     counts = {name: sum(s.tokens for s in part) for name, part in shards.items()}
-    summary = (
+    lines = [
         f"data: {counts['train']:,} tokens in {len(shards['train'])} shards of {folder}, from "
         f"{manifest.source.get('id')}; {counts['valid']:,} tokens held out"
-    )
-    return TrainingData(Prefetched(ShardBlocks(folder, shards["train"], seq_len, seed)), held, summary)
+    ]
+    blocks = ShardBlocks(folder, shards["train"], seq_len, seed)
+    opened = blocks.block(0, 0)
+    if opened is not None:
+        lines += what_was_cut(opened, "of the first shard ")
+    return TrainingData(Prefetched(blocks, opened), held, "\n".join(lines))
 
 
 def _blocks_of(
@@ -197,6 +220,8 @@ def _open_stream(
     where = f"data: {stream.name}, revision {stream.about['revision'] or 'unknown'}, licence "
     lines = [where + f"{stream.about['licence'] or 'unknown'}, streamed in blocks of {settings.block_rows:,} rows"]
     lines.append(f"data: the first block has {len(first.records):,} records to learn, format {first.format}")
+    opened = blocks.encode(first)
+    lines += unused_columns(first) + what_was_cut(opened, "of the first block ")
     held = None
     if scored.records:
         scored = scored.where(set(scored.keys[:HELD_OUT_MOST]).__contains__)
@@ -207,7 +232,7 @@ def _open_stream(
             f"held out: nothing, the first {settings.block_rows:,} rows have none of split {settings.eval_split}: give "
             "--eval-data"
         )
-    return TrainingData(Prefetched(blocks), held, "\n".join(lines))
+    return TrainingData(Prefetched(blocks, opened), held, "\n".join(lines))
 
 
 # -- files that fit, and their cache ----------------------------------------------------------------------------------

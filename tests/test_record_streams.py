@@ -208,6 +208,26 @@ def test_bad_rows_are_counted_over_the_whole_stream(tmp_path: Path, tokenizer: A
         stream_of(tmp_path, 40, tokenizer, strict=True).block(0, 1)
 
 
+def test_an_epoch_that_drops_much_is_warned_of_once(tmp_path: Path, tokenizer: Any, caplog: Any) -> None:
+    rows: list[Any] = pairs(80)
+    # One of the 32 records of four blocks is less than one in twenty, three of 56 are more.
+    for i in (20, 40, 50, 60, 70):
+        rows[i]["prompt"] = "q " * 100
+    write_lines(tmp_path / "rows.jsonl", rows)
+    blocks = stream_of(tmp_path, 80, tokenizer)
+
+    def warnings(epoch: int, count: int) -> list[str]:
+        caplog.clear()
+        for n in range(count):
+            blocks.block(epoch, n)
+        return [r.getMessage() for r in caplog.records]
+
+    assert warnings(0, 4) == []
+    (said,) = warnings(0, 10)
+    assert said.startswith("data: of 56 records so far in epoch 0 3 were dropped") and "--seq-len" in said
+    assert warnings(0, 10) == [] and len(warnings(1, 10)) == 1
+
+
 def batches_of(blocks: Any, **changes: Any) -> PackedBatches:
     settings = {"seq_len": 64, "batch_size": 2, "pad_id": 0, "seed": 5, **changes}
     return PackedBatches(blocks, **settings)

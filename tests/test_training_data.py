@@ -9,10 +9,12 @@ import pytest
 from data_tools import CHATML, THINK, build_tokenizer, write_lines
 from test_record_streams import hub, pairs  # noqa: F401
 
+import record_streams
 import training_data
 from packed_batches import PackedBatches
-from record_streams import Prefetched
+from record_streams import FileRows, Prefetched
 from text_records import DataError
+from token_shards import ShardPlan, materialize
 from training_data import DataSettings, open_data
 
 
@@ -125,6 +127,32 @@ def test_large_files_whose_rows_name_splits_are_learned_and_scored_by_them(
     assert len(learned) == 30 and len(found.held) == 2 and not set(learned) & set(texts(tokenizer, found.held))
     other = opened(path, tokenizer, tmp_path / "cache", block_rows=8, eval_split="valid")
     assert other.held is None and "have none of split valid: give --eval-data" in other.summary
+
+
+LONG = [
+    {"prompt": f"q{i} " * (40 if i % 3 == 0 else 1), "completion": "a " * (90 if i % 3 == 1 else 1)} for i in range(60)
+]
+
+
+def test_what_is_cut_and_dropped_is_said_of_streams_and_shards_too(
+    tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{**row, "url": "u"} for row in LONG])
+    wanted = "40 records cut at 64 tokens, 20 of them dropped with no answer left; 0 texts split"
+    assert f"data: {wanted}" in opened(path, tokenizer, tmp_path / "cache", hold_out=0.0).summary
+    monkeypatch.setattr(training_data, "STREAM_BYTES", 0)
+    calls: list[int] = []
+    encode = record_streams.encode_records
+    monkeypatch.setattr(record_streams, "encode_records", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    found = opened(path, tokenizer, tmp_path / "cache", block_rows=100, hold_out=0.0)
+    assert f"data: of the first block {wanted}" in found.summary
+    assert "data: columns not used: url" in found.summary
+    assert len(found.blocks.block(0, 0)) == 40 and calls == [1], "encoded once"
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "t " * 100}] * 3)
+    materialize(FileRows(texts), tokenizer, "tiny", ShardPlan(valid=0.0), tmp_path / "shards")
+    shards = opened(tmp_path / "shards", tokenizer, tmp_path / "cache")
+    assert "data: of the first shard 0 records cut at 64 tokens, 0 of them dropped with no" in shards.summary
+    assert "3 texts split" in shards.summary
 
 
 @pytest.mark.parametrize(("rows", "few"), [(5, True), (200, True), (2000, False)])
