@@ -99,7 +99,7 @@ def open_data(
     """Open what ``--data`` and ``--eval-data`` name.
 
     Raises:
-        DataError: data that cannot be read or used.
+        DataError: data that cannot be read or used; no target left in what ``--eval-data`` names.
     """
     source = parse_source(data)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
@@ -139,7 +139,7 @@ def _open_held(
         held = _valid_of(source, _manifest_of(source, tokenizer), seq_len)
         if held is None:
             raise DataError(f"{source} has no shards of the split valid, expected some in --eval-data")
-        return held, f"held out: {len(held):,} documents of the shards in {source}"
+        return _with_a_target(held, source), f"held out: {len(held):,} documents of the shards in {source}"
     if isinstance(source, DatasetId):
         rows = HubRows(source, settings.eval_split, shuffle=False)
         limited = _blocks_of(rows, tokenizer, seq_len, settings, rows_per_block=HELD_OUT_MOST)
@@ -147,12 +147,26 @@ def _open_held(
         if parts is None or not parts[0].records:
             raise DataError(f"{rows.name}: no usable record, expected some in --eval-data")
         held = limited.encode(parts[0])
-        return held, _marked(describe(parts[0], held))
+        return _with_a_target(held, source), _marked(describe(parts[0], held))
     records = read_records(
         source, strict=settings.strict, max_bad_share=settings.max_bad_share, split=settings.eval_split
     )
-    held = encode_records(records, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
-    return held, _marked(describe(records, held))
+    held = encode_records(records, tokenizer, seq_len, last_turn_only=settings.last_turn_only, may_be_empty=True)
+    return _with_a_target(held, source), _marked(describe(records, held))
+
+
+def _with_a_target(held: EncodedSet, source: Path | DatasetId) -> EncodedSet:
+    if not len(held):
+        raise DataError(
+            f"{source}: none of the records that --eval-data names left a target in {held.seq_len} tokens: give a "
+            "larger --seq-len, or others"
+        )
+    return held
+
+
+def _any(held: EncodedSet | None) -> EncodedSet | None:
+    """Documents to score, None where there are none: none of the records may have a target left."""
+    return held if held is not None and len(held) else None
 
 
 def _manifest_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Manifest:
@@ -175,7 +189,7 @@ def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int,
     shards = {name: tuple(manifest.splits.get(name, ())) for name in ("train", "valid")}
     if not shards["train"]:
         raise DataError(f"{folder}: the manifest has no shards of the split train")
-    held = _valid_of(folder, manifest, seq_len)
+    valid = _valid_of(folder, manifest, seq_len)
     counts = {name: sum(s.tokens for s in part) for name, part in shards.items()}
     lines = [
         f"data: {counts['train']:,} tokens in {len(shards['train'])} shards of {folder}, from "
@@ -185,7 +199,7 @@ def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int,
     opened = blocks.block(0, 0)
     if opened is not None:
         lines += what_was_cut(opened, "of the first shard ")
-    return TrainingData(Prefetched(blocks, opened), held, "\n".join(lines))
+    return TrainingData(Prefetched(blocks, opened), _any(valid), "\n".join(lines))
 
 
 def _blocks_of(
@@ -225,7 +239,7 @@ def _open_stream(
     held = None
     if scored.records:
         scored = scored.where(set(scored.keys[:HELD_OUT_MOST]).__contains__)
-        held = blocks.encode(scored)
+        held = _any(blocks.encode(scored))
         lines.append(f"held out: {len(scored.records):,} records of the first block")
     elif hold_out and first.split is not None:
         lines.append(
@@ -261,8 +275,9 @@ def _open_files(
     summary = describe(records, train)
     held = None
     if scored is not None and scored.records:
-        held = encode_records(scored, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
-        summary += "\n" + _marked(describe(scored, held))
+        found = encode_records(scored, tokenizer, seq_len, last_turn_only=settings.last_turn_only, may_be_empty=True)
+        summary += "\n" + _marked(describe(scored, found))
+        held = _any(found)
     _to_cache(folder, key, train, held, summary)
     return TrainingData(OneBlock(train), held, summary)
 

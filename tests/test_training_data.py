@@ -155,6 +155,28 @@ def test_what_is_cut_and_dropped_is_said_of_streams_and_shards_too(
     assert "3 texts split" in shards.summary
 
 
+def test_records_to_score_that_leave_no_target_stop_no_run(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    rows = [{**row, "split": "train"} for row in pairs(20)]
+    rows += [{"prompt": "q " * 100, "completion": "a", "split": "eval"}] * 3
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    asked = write_lines(tmp_path / "asked.jsonl", rows[20:])
+    with pytest.raises(DataError, match="none of the records that --eval-data names left a target in 64 tokens"):
+        opened(path, tokenizer, tmp_path / "cache", eval_data=asked)
+    for _ in range(2):
+        found = opened(path, tokenizer, tmp_path / "cache")
+        assert found.held is None and "held out: no documents, too few" in found.summary
+    monkeypatch.setattr(training_data, "STREAM_BYTES", 0)
+    found = opened(path, tokenizer, tmp_path / "cache")
+    assert found.held is None and "held out: no documents, too few" in found.summary
+    write_lines(path, rows[:21])
+    plan = ShardPlan(split="train", eval_split="eval")
+    materialize(FileRows(path), tokenizer, "tiny", plan, tmp_path / "shards")
+    shards = open_data(tmp_path / "shards", None, tokenizer, 64, DataSettings())
+    assert shards.held is None and "held out: no documents, too few" in shards.summary
+    with pytest.raises(DataError, match="none of the records that --eval-data names left a target"):
+        opened(path, tokenizer, tmp_path / "cache", eval_data=tmp_path / "shards")
+
+
 @pytest.mark.parametrize(("rows", "few"), [(5, True), (200, True), (2000, False)])
 def test_too_few_held_out_documents_are_called_that(tokenizer: Any, tmp_path: Path, rows: int, few: bool) -> None:
     path = write_lines(tmp_path / "rows.jsonl", pairs(rows))
