@@ -20,7 +20,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -100,13 +100,15 @@ class RowStream(Protocol):
 
 
 class FileRows:
-    """Rows of local files, every epoch in the same order."""
+    """Rows of local files, every epoch in the same order; ``without`` (files, resolved) some of a folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.files, self.ignored = list_files(path)
+    def __init__(self, path: Path, without: Collection[Path] = ()) -> None:
+        found, self.ignored = list_files(path)
+        self.files = [file for file in found if file.resolve() not in without]
+        self.without = without
         self.name = str(path)
         self.about: dict[str, Any] = {"id": path.name, "config": None, "split": None, "revision": None, "licence": None}
-        self._root = path if path.is_dir() else path.parent
+        self.root = path if path.is_dir() else path.parent
 
     @property
     def bytes(self) -> int:
@@ -116,14 +118,14 @@ class FileRows:
     @property
     def fingerprint(self) -> str:
         # Sizes, not contents: these files are large, and each block's content is checked when a run resumes.
-        parts = [(f.relative_to(self._root).as_posix(), f.stat().st_size) for f in self.files]
+        parts = [(f.relative_to(self.root).as_posix(), f.stat().st_size) for f in self.files]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def content(self) -> str:
         """SHA-256 over names and bytes of all files."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.relative_to(self._root).as_posix()}\0{file.stat().st_size}\0".encode())
+            digest.update(f"{file.relative_to(self.root).as_posix()}\0{file.stat().st_size}\0".encode())
             with open(file, "rb") as data:
                 while chunk := data.read(1 << 22):
                     digest.update(chunk)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,10 @@ class RecordSet:
 
     def where(self, wanted: Callable[[str], bool]) -> RecordSet:
         """The records whose key is wanted; what was found beside records stays."""
-        chosen = [i for i, key in enumerate(self.keys) if wanted(key)]
+        return self.at([i for i, key in enumerate(self.keys) if wanted(key)])
+
+    def at(self, chosen: Sequence[int]) -> RecordSet:
+        """The records of these numbers; what was found beside records stays."""
         return replace(self, records=tuple(self.records[i] for i in chosen), keys=tuple(self.keys[i] for i in chosen))
 
 
@@ -128,16 +131,22 @@ def drawn(key: str, share: float) -> bool:
 
 
 def read_records(
-    path: Path | str, *, strict: bool = False, max_bad_share: float = 0.01, split: str | None = None
+    path: Path | str,
+    *,
+    strict: bool = False,
+    max_bad_share: float = 0.01,
+    split: str | None = None,
+    without: Collection[Path] = (),
 ) -> RecordSet:
     """Read a ``.jsonl``, ``.json`` (list of objects or strings), ``.parquet`` or ``.txt`` file (one document), or a
     folder of them.
 
-    A folder is read with its subfolders in sorted order; hidden files and other suffixes are left out. Raises
-    ``DataError`` as ``sort_rows``, when nothing usable is left, and for a ``.json`` file that is not one well-formed
-    list, since how much is lost behind the fault cannot be known.
+    A folder is read with its subfolders in sorted order; hidden files, other suffixes and ``without`` (files, resolved)
+    are left out. Raises ``DataError`` as ``sort_rows``, when nothing usable is left, and for a ``.json`` file that is
+    not one well-formed list, since how much is lost behind the fault cannot be known.
     """
     files, ignored = list_files(Path(path))
+    files = [file for file in files if file.resolve() not in without]
     rows = (row for file in files for row in rows_of(file))
     found = sort_rows(rows, strict=strict, max_bad_share=max_bad_share, split=split, where=str(path))
     return replace(found, files=tuple(map(str, files)), ignored=tuple(map(str, ignored)))
@@ -227,6 +236,11 @@ def _key(row: Row, record: Record) -> str:
     own = row.value.get("id") if isinstance(row.value, dict) else None
     if isinstance(own, str | int) and not isinstance(own, bool) and own != "":
         return str(own)
+    return prompt_key(record)
+
+
+def prompt_key(record: Record) -> str:
+    """SHA-256 of a record's first prompt, or of a text."""
     prompt = record if isinstance(record, str) else next(text for role, text in record.messages if role == "user")
     return hashlib.sha256(prompt.encode()).hexdigest()
 

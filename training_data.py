@@ -15,6 +15,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ from answer_masks import (
 )
 from packed_batches import Blocks, OneBlock, recut
 from record_streams import DatasetId, FileRows, HubRows, Prefetched, RowStream, StreamBlocks, parse_source
-from text_records import DataError, RecordSet, drawn, read_records
+from text_records import DataError, Record, RecordSet, drawn, list_files, prompt_key, read_records
 from token_files import read_tokens, write_tokens
 from token_shards import MANIFEST, Manifest, ShardBlocks
 
@@ -45,6 +47,8 @@ HELD_OUT_MOST = 512
 """Most records that are held out where the data names none."""
 FEW_HELD = 16
 """Held-out documents that are called too few."""
+_SCORED_NAMES = frozenset(("test", "validation", "valid", "val", "dev", "eval"))
+_SHOWN = 5  # files named in a line
 CACHE_ENTRIES = 16
 """Encoded data sets that are kept; the one used longest ago goes first."""
 
@@ -88,6 +92,18 @@ class TrainingData:
     summary: str
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What ``--eval-data`` names: documents, lines for the log, the files read (resolved), what tells its records from
+    others (``_marks``), and whether its rows name splits."""
+
+    held: EncodedSet
+    summary: str
+    files: frozenset[Path] = frozenset()
+    marks: frozenset[str] = frozenset()
+    splits: bool = False
+
+
 def open_data(
     data: str | Path,
     eval_data: str | Path | None,
@@ -98,25 +114,74 @@ def open_data(
 ) -> TrainingData:
     """Open what ``--data`` and ``--eval-data`` name.
 
+    Files that ``--eval-data`` names are not learned, and of data that are read whole neither are records that it holds,
+    by their prompt or their key.
+
     Raises:
         DataError: data that cannot be read or used; no target left in what ``--eval-data`` names.
     """
     source = parse_source(data)
+    asked = None if eval_data is None else _open_held(eval_data, tokenizer, seq_len, settings)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
         found = _open_shards(source, tokenizer, seq_len, seed)
     elif isinstance(source, DatasetId):
         rows = HubRows(source, settings.split, shuffle=True, seed=seed)
-        found = _open_stream(rows, tokenizer, seq_len, settings, eval_data is None)
-    elif (files := FileRows(source)).bytes > STREAM_BYTES:
+        found = _open_stream(rows, tokenizer, seq_len, settings, asked is None)
+    elif (files := _files_to_learn(source, asked, settings)).bytes > STREAM_BYTES:
         # Rows of a dataset are all of the split that was asked for; those of a file may say of which they are.
-        splits = {"split": settings.split, "eval_split": settings.eval_split if eval_data is None else None}
-        found = _open_stream(files, tokenizer, seq_len, settings, eval_data is None, **splits)
+        splits = {"split": settings.split, "eval_split": settings.eval_split if asked is None else None}
+        found = _open_stream(files, tokenizer, seq_len, settings, asked is None, **splits)
     else:
-        found = _open_files(files, source, tokenizer, seq_len, settings, eval_data is None)
-    if eval_data is None:
+        found = _open_files(files, source, tokenizer, seq_len, settings, asked)
+    if asked is None:
         return found if settings.hold_out == 0 else _with_a_word_on_few(found)
-    held, summary = _open_held(eval_data, tokenizer, seq_len, settings)
-    return TrainingData(found.blocks, held, f"{found.summary}\n{summary}")
+    return TrainingData(found.blocks, asked.held, f"{found.summary}\n{asked.summary}")
+
+
+def _files_to_learn(path: Path, asked: _Asked | None, settings: DataSettings) -> FileRows:
+    """Those that ``--eval-data`` does not name; where it names all of them, rows must say which are to be scored."""
+    files = FileRows(path)
+    both = {file.resolve() for file in files.files} & (asked.files if asked else frozenset())
+    if not asked or not both:
+        return files
+    rest = FileRows(path, both)
+    if rest.files:
+        return rest
+    if not asked.splits or settings.split == settings.eval_split:
+        raise DataError(
+            f"{path}: --data and --eval-data name the same files, so what is learned would be scored: leave "
+            "--eval-data out to hold out a share (--hold-out), or give other files"
+        )
+    return files
+
+
+def _about_files(files: FileRows, scores_itself: bool) -> list[str]:
+    """A word on files of a folder that are there to be scored by their names, or by ``--eval-data``."""
+
+    def names(chosen: Sequence[Path]) -> str:
+        more = f" and {len(chosen) - _SHOWN} more" if len(chosen) > _SHOWN else ""
+        return ", ".join(file.relative_to(files.root).as_posix() for file in chosen[:_SHOWN]) + more
+
+    lines = []
+    if files.without:
+        left = [file for file in list_files(files.root)[0] if file.resolve() in files.without]
+        lines.append(f"data: not learned, since --eval-data names them: {names(left)}")
+    named = [file for file in files.files if _SCORED_NAMES & set(re.split(r"[^a-z0-9]+", file.stem.lower()))]
+    if scores_itself and 0 < len(named) < len(files.files):
+        lines.append(
+            f"data: learned like the others, though named as if made to score: {names(named)}; give --eval-data FILE "
+            "(or a folder of several) to score instead of learn"
+        )
+    return lines
+
+
+def _marks(key: str, record: Record) -> set[str]:
+    """What tells that two records are one: the prompt, and the key; but not a number, by which any rows are counted."""
+    return {prompt_key(record)} if key.isdigit() else {prompt_key(record), key}
+
+
+def _marks_of(records: RecordSet) -> frozenset[str]:
+    return frozenset(mark for pair in zip(records.keys, records.records, strict=True) for mark in _marks(*pair))
 
 
 def _with_a_word_on_few(found: TrainingData) -> TrainingData:
@@ -131,15 +196,13 @@ def _marked(summary: str) -> str:
     return summary.replace("data: ", "held out: ")
 
 
-def _open_held(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, settings: DataSettings
-) -> tuple[EncodedSet, str]:
+def _open_held(data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, settings: DataSettings) -> _Asked:
     source = parse_source(data)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
         held = _valid_of(source, _manifest_of(source, tokenizer), seq_len)
         if held is None:
             raise DataError(f"{source} has no shards of the split valid, expected some in --eval-data")
-        return _with_a_target(held, source), f"held out: {len(held):,} documents of the shards in {source}"
+        return _Asked(_with_a_target(held, source), f"held out: {len(held):,} documents of the shards in {source}")
     if isinstance(source, DatasetId):
         rows = HubRows(source, settings.eval_split, shuffle=False)
         limited = _blocks_of(rows, tokenizer, seq_len, settings, rows_per_block=HELD_OUT_MOST)
@@ -147,12 +210,19 @@ def _open_held(
         if parts is None or not parts[0].records:
             raise DataError(f"{rows.name}: no usable record, expected some in --eval-data")
         held = limited.encode(parts[0])
-        return _with_a_target(held, source), _marked(describe(parts[0], held))
+        summary = _marked(describe(parts[0], held))
+        return _Asked(_with_a_target(held, source), summary, marks=_marks_of(parts[0]))
     records = read_records(
         source, strict=settings.strict, max_bad_share=settings.max_bad_share, split=settings.eval_split
     )
     held = encode_records(records, tokenizer, seq_len, last_turn_only=settings.last_turn_only, may_be_empty=True)
-    return _with_a_target(held, source), _marked(describe(records, held))
+    return _Asked(
+        _with_a_target(held, source),
+        _marked(describe(records, held)),
+        files=frozenset(file.resolve() for file in list_files(source)[0]),
+        marks=_marks_of(records),
+        splits=records.split is not None,
+    )
 
 
 def _with_a_target(held: EncodedSet, source: Path | DatasetId) -> EncodedSet:
@@ -236,6 +306,8 @@ def _open_stream(
     lines.append(f"data: the first block has {len(first.records):,} records to learn, format {first.format}")
     opened = blocks.encode(first)
     lines += unused_columns(first) + what_was_cut(opened, "of the first block ")
+    if isinstance(stream, FileRows):
+        lines += _about_files(stream, hold_out and first.split is None)
     held = None
     if scored.records:
         scored = scored.where(set(scored.keys[:HELD_OUT_MOST]).__contains__)
@@ -258,11 +330,12 @@ def _open_files(
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
     settings: DataSettings,
-    hold_out: bool,
+    asked: _Asked | None,
 ) -> TrainingData:
     unread = ("data_cache", "block_rows", "limit")
     decides = {f.name: getattr(settings, f.name) for f in fields(DataSettings) if f.name not in unread}
-    parts = [ENCODING, files.content(), tokenizer_fingerprint(tokenizer), seq_len, hold_out, decides]
+    marks = None if asked is None else sorted(asked.marks)
+    parts = [ENCODING, files.content(), tokenizer_fingerprint(tokenizer), seq_len, marks, decides]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = settings.data_cache or cache_folder()
     kept = _from_cache(folder, key)
@@ -270,9 +343,13 @@ def _open_files(
         train, held, summary = kept
         # Names of files are the user's, and may differ from those of the run that filled the cache.
         return TrainingData(OneBlock(train), held, f"{summary}\ndata: encoded before, from {folder}")
-    records, scored = _read_split(path, settings, hold_out)
-    train = encode_records(records, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
-    summary = describe(records, train)
+    records, scored = _read_split(path, settings, files, asked is None)
+    learned = records if asked is None else _without_marked(records, asked.marks)
+    train = encode_records(learned, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
+    lines = [describe(learned, train), *_about_files(files, asked is None and records.split is None)]
+    if count := len(records.records) - len(learned.records):
+        lines.append(f"data: {count:,} records left out, since --eval-data has them, too")
+    summary = "\n".join(lines)
     held = None
     if scored is not None and scored.records:
         found = encode_records(scored, tokenizer, seq_len, last_turn_only=settings.last_turn_only, may_be_empty=True)
@@ -282,11 +359,28 @@ def _open_files(
     return TrainingData(OneBlock(train), held, summary)
 
 
-def _read_split(path: Path, settings: DataSettings, hold_out: bool) -> tuple[RecordSet, RecordSet | None]:
+def _without_marked(records: RecordSet, marks: frozenset[str]) -> RecordSet:
+    """The records that are not among those to be scored."""
+    pairs = enumerate(zip(records.keys, records.records, strict=True))
+    left = records.at([i for i, pair in pairs if marks.isdisjoint(_marks(*pair))])
+    if not left.records:
+        raise DataError(f"{records.files[0]}: --eval-data has all of its records, so nothing is left to learn")
+    return left
+
+
+def _read_split(
+    path: Path, settings: DataSettings, files: FileRows, hold_out: bool
+) -> tuple[RecordSet, RecordSet | None]:
     """Records to learn and to score."""
 
     def read(split: str) -> RecordSet:
-        return read_records(path, strict=settings.strict, max_bad_share=settings.max_bad_share, split=split)
+        return read_records(
+            path,
+            strict=settings.strict,
+            max_bad_share=settings.max_bad_share,
+            split=split,
+            without=files.without,
+        )
 
     records = read(settings.split)
     if not hold_out:

@@ -177,6 +177,74 @@ def test_records_to_score_that_leave_no_target_stop_no_run(tokenizer: Any, tmp_p
         opened(path, tokenizer, tmp_path / "cache", eval_data=tmp_path / "shards")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_files_that_are_scored_are_not_learned(tokenizer: Any, tmp_path: Path, monkeypatch: Any, stream: bool) -> None:
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    write_lines(folder / "train.jsonl", pairs(40)[:30])
+    test = write_lines(folder / "test.jsonl", pairs(40)[30:])
+    (tmp_path / "link.jsonl").symlink_to(test)
+    if stream:
+        monkeypatch.setattr(training_data, "STREAM_BYTES", 0)
+    whole = opened(folder, tokenizer, cache)
+    assert "learned like the others, though named as if made to score: test.jsonl; give --eval-data" in whole.summary
+    for eval_data in (test, tmp_path / "link.jsonl"):
+        found = opened(folder, tokenizer, cache, eval_data=eval_data)
+        assert len(found.blocks.block(0, 0)) == 30 and len(found.held) == 10
+        assert not set(texts(tokenizer, found.blocks.block(0, 0))) & set(texts(tokenizer, found.held))
+        assert "not learned, since --eval-data names them: test.jsonl" in found.summary
+        assert "named as if" not in found.summary
+        assert ("encoded before" in found.summary) == (not stream and eval_data != test)
+    for same in (folder, folder / "test.jsonl"):
+        with pytest.raises(DataError, match="--data and --eval-data name the same files"):
+            opened(same, tokenizer, cache, eval_data=same)
+
+
+def test_rows_that_name_splits_may_be_learned_and_scored_of_the_same_files(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{**row, "split": "eval" if i % 4 == 0 else "train"} for i, row in enumerate(pairs(40))]
+    path = write_lines(tmp_path / "data" / "valid.jsonl", rows)
+    write_lines(tmp_path / "data" / "other.jsonl", [{**row, "split": "train"} for row in rows[:1]])
+    found = opened(path, tokenizer, tmp_path / "cache", eval_data=path)
+    assert (len(found.blocks.block(0, 0)), len(found.held)) == (30, 10)
+    assert "named as if" not in opened(tmp_path / "data", tokenizer, tmp_path / "cache").summary
+    with pytest.raises(DataError, match="name the same files"):
+        opened(path, tokenizer, tmp_path / "cache", eval_data=path, eval_split="train")
+
+
+def test_records_that_are_scored_are_not_learned(tokenizer: Any, tmp_path: Path) -> None:
+    """By the prompt, whatever the answer; by the key, but for numbers, by which the rows of any file are counted."""
+    rows = [{"id": i, **row} for i, row in enumerate(pairs(40))]
+    named = [{"id": f"doc {i}", "text": f"text {i}"} for i in range(10)]
+    path = write_lines(tmp_path / "rows.jsonl", [*rows, *named])
+    scored = [{"id": i, "prompt": row["prompt"], "completion": "other"} for i, row in enumerate(rows[30:])]
+    asked = write_lines(tmp_path / "asked.jsonl", [*scored, {"id": "doc 7", "text": "edited"}])
+    for _ in range(2):
+        found = opened(path, tokenizer, tmp_path / "cache", eval_data=asked)
+        learned = texts(tokenizer, found.blocks.block(0, 0))
+        assert len(learned) == 39 and len(found.held) == 11 and not any("text 7" in text for text in learned)
+        assert "data: 11 records left out, since --eval-data has them, too" in found.summary
+    assert "encoded before" in found.summary
+    write_lines(asked, [*scored[:9], {"id": "doc 7", "text": "edited"}])
+    fewer = opened(path, tokenizer, tmp_path / "cache", eval_data=asked)
+    assert len(fewer.blocks.block(0, 0)) == 40 and "encoded before" not in fewer.summary
+    copy = write_lines(tmp_path / "copy.jsonl", [*rows, *named])
+    with pytest.raises(DataError, match="--eval-data has all of its records"):
+        opened(path, tokenizer, tmp_path / "cache", eval_data=copy)
+
+
+def test_names_of_files_are_looked_at_word_by_word(tokenizer: Any, tmp_path: Path) -> None:
+    names = ("train", "latest", "developer", "a/test-00000-of-00001", "my_dev", "Validation", "evals", "eval.old")
+    for number, name in enumerate(names):
+        write_lines(tmp_path / "data" / f"{name}.jsonl", pairs(20)[number : number + 1])
+    (said,) = (
+        line
+        for line in opened(tmp_path / "data", tokenizer, tmp_path / "cache").summary.splitlines()
+        if "as if" in line
+    )
+    assert "to score: Validation.jsonl, a/test-00000-of-00001.jsonl, eval.old.jsonl, my_dev.jsonl;" in said
+    everything = opened(tmp_path / "data" / "a", tokenizer, tmp_path / "cache")
+    assert "as if" not in everything.summary
+
+
 @pytest.mark.parametrize(("rows", "few"), [(5, True), (200, True), (2000, False)])
 def test_too_few_held_out_documents_are_called_that(tokenizer: Any, tmp_path: Path, rows: int, few: bool) -> None:
     path = write_lines(tmp_path / "rows.jsonl", pairs(rows))
