@@ -23,6 +23,7 @@ from rich.text import Text
 
 import prime_cli
 from answer_masks import Encoded
+from harmless_text import harmless
 from packed_batches import PackedBatches
 from prime_checkpoint import CheckpointError
 from qwen_prime_wrapper import ModelError, find_tokenizer
@@ -123,7 +124,7 @@ def show(config: ShowConfig) -> int:
     batches = PackedBatches(found.blocks, seq_len=config.seq_len, batch_size=1, pad_id=pad, seed=config.seed)
     plain = not sys.stdout.isatty()
     console = Console(highlight=False, width=None if not plain else 120)
-    print(found.summary)
+    print(harmless(found.summary, len(found.summary)))
     print(f"data: {batches.rows_in_block:,} rows of {config.seq_len} tokens, {batches.fill:.1%} filled", flush=True)
     for number in range(min(config.count, len(batches.encoded))):
         document = batches.encoded.document(number * len(batches.encoded) // config.count)

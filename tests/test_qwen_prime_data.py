@@ -38,6 +38,15 @@ def test_show_marks_what_is_learned(tmp_path: Path, tokenizer_folder: str, capsy
     assert "\x1b" not in out and "\u241b" in out, "control characters are shown, not obeyed"
 
 
+def test_show_obeys_no_escape_of_a_bad_row(tmp_path: Path, tokenizer_folder: str, capsys: Any) -> None:
+    good = [{"prompt": f"q {i}", "completion": "a"} for i in range(200)]
+    data = str(write_lines(tmp_path / "rows.jsonl", [*good, {"\x1b[2J\x1b[31mEVIL": 1}]))
+    config = script.ShowConfig(data=data, tokenizer=tokenizer_folder, count=0, data_cache=tmp_path / "cache")
+    assert script.main(config) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "got \u241b[2J\u241b[31mEVIL" in out
+
+
 def test_materialize_then_show(tmp_path: Path, tokenizer_folder: str, capsys: Any) -> None:
     config = script.MaterializeConfig(
         data=str(rows(tmp_path)), tokenizer=tokenizer_folder, output=tmp_path / "out", valid=0.2, limit=30
