@@ -15,6 +15,7 @@ refused whole, since how much is lost behind the fault cannot be known.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -137,17 +138,19 @@ def read_records(
     max_bad_share: float = 0.01,
     split: str | None = None,
     without: Collection[Path] = (),
+    limit: int | None = None,
 ) -> RecordSet:
     """Read a ``.jsonl``, ``.json`` (list of objects or strings), ``.parquet`` or ``.txt`` file (one document), or a
     folder of them.
 
     A folder is read with its subfolders in sorted order; hidden files, other suffixes and ``without`` (files, resolved)
-    are left out. Raises ``DataError`` as ``sort_rows``, when nothing usable is left, and for a ``.json`` file that is
-    not one well-formed list, since how much is lost behind the fault cannot be known.
+    are left out. Of all rows the first ``limit`` are read. Raises ``DataError`` as ``sort_rows``, when nothing usable
+    is left, and for a ``.json`` file that is not one well-formed list, since how much is lost behind the fault cannot
+    be known.
     """
     files, ignored = list_files(Path(path))
     files = [file for file in files if file.resolve() not in without]
-    rows = (row for file in files for row in rows_of(file))
+    rows = itertools.islice((row for file in files for row in rows_of(file)), limit)
     found = sort_rows(rows, strict=strict, max_bad_share=max_bad_share, split=split, where=str(path))
     return replace(found, files=tuple(map(str, files)), ignored=tuple(map(str, ignored)))
 

@@ -64,7 +64,7 @@ class DataSettings:
     hold_out: float = 0.02
     """Share of the records to score instead of learn, at most 512, where the data holds out none itself."""
     limit: int | None = None
-    """Rows of a stream in an epoch, from its front; all by default."""
+    """Rows of an epoch, from the front of the data; all by default."""
     block_rows: int = 8192
     """Rows of a stream that are shuffled and packed together."""
     last_turn_only: bool = False
@@ -123,6 +123,7 @@ def open_data(
     source = parse_source(data)
     asked = None if eval_data is None else _open_held(eval_data, tokenizer, seq_len, settings)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
+        _refuse_what_shards_settle(source, settings, asked is None or not asked.marks)
         found = _open_shards(source, tokenizer, seq_len, seed)
     elif isinstance(source, DatasetId):
         rows = HubRows(source, settings.split, shuffle=True, seed=seed)
@@ -136,6 +137,18 @@ def open_data(
     if asked is None:
         return found if settings.hold_out == 0 else _with_a_word_on_few(found)
     return TrainingData(found.blocks, asked.held, f"{found.summary}\n{asked.summary}")
+
+
+def _refuse_what_shards_settle(folder: Path, settings: DataSettings, only_shards: bool) -> None:
+    """Shards are encoded and split already; ``eval_split`` may still be meant for what ``--eval-data`` names."""
+    settled = ("last_turn_only", "hold_out", "split", "limit", *(("eval_split",) if only_shards else ()))
+    given = [f.name for f in fields(DataSettings) if f.name in settled and getattr(settings, f.name) != f.default]
+    if given:
+        raise DataError(
+            f"{folder} holds token shards, whose documents and splits are settled: got --"
+            f"{', --'.join(given).replace('_', '-')}, expected none of these; choose when making the shards "
+            "(qwen_prime_data.py materialize)"
+        )
 
 
 def _files_to_learn(path: Path, asked: _Asked | None, settings: DataSettings) -> FileRows:
@@ -332,7 +345,7 @@ def _open_files(
     settings: DataSettings,
     asked: _Asked | None,
 ) -> TrainingData:
-    unread = ("data_cache", "block_rows", "limit")
+    unread = ("data_cache", "block_rows")
     decides = {f.name: getattr(settings, f.name) for f in fields(DataSettings) if f.name not in unread}
     marks = None if asked is None else sorted(asked.marks)
     parts = [ENCODING, files.content(), tokenizer_fingerprint(tokenizer), seq_len, marks, decides]
@@ -380,6 +393,7 @@ def _read_split(
             max_bad_share=settings.max_bad_share,
             split=split,
             without=files.without,
+            limit=settings.limit,
         )
 
     records = read(settings.split)

@@ -272,6 +272,37 @@ def test_settings_are_checked() -> None:
             DataSettings(**changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_limit_is_of_all_rows_that_are_read(tokenizer: Any, tmp_path: Path, monkeypatch: Any, stream: bool) -> None:
+    if stream:
+        monkeypatch.setattr(training_data, "STREAM_BYTES", 0)
+    write_lines(tmp_path / "data" / "a.jsonl", [*pairs(20), b"\n"])
+    write_lines(tmp_path / "data" / "b.jsonl", pairs(40)[20:])
+    for limit, wanted in ((None, 40), (25, 25), (5, 5)):
+        found = opened(tmp_path / "data", tokenizer, tmp_path / "cache", limit=limit, hold_out=0.0)
+        learned = texts(tokenizer, found.blocks.block(0, 0))
+        assert len(learned) == wanted and f"question {wanted - 1}<" in learned[-1]
+    splits = [{**row, "split": "eval" if i % 4 == 0 else "train"} for i, row in enumerate(pairs(40))]
+    path = write_lines(tmp_path / "rows.jsonl", splits)
+    limited = opened(path, tokenizer, tmp_path / "cache", limit=8)
+    assert (len(limited.blocks.block(0, 0)), len(limited.held)) == (6, 2)
+
+
+def test_shards_refuse_what_was_settled_when_they_were_made(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", pairs(300))
+    materialize(FileRows(path), tokenizer, "tiny", ShardPlan(valid=0.1), tmp_path / "shards")
+    for changes in ({"last_turn_only": True}, {"hold_out": 0.0}, {"split": "x"}, {"eval_split": "x"}, {"limit": 5}):
+        (name,) = changes
+        with pytest.raises(DataError, match=f"whose documents and splits are settled: got --{name.replace('_', '-')},"):
+            opened(tmp_path / "shards", tokenizer, tmp_path / "cache", **changes)
+    with pytest.raises(DataError, match="got --split, --limit, expected none"):
+        opened(tmp_path / "shards", tokenizer, tmp_path / "cache", split="x", limit=5)
+    rows = [{**row, "split": "x" if i % 2 else "y"} for i, row in enumerate(pairs(40))]
+    scored = write_lines(tmp_path / "scored.jsonl", rows)
+    found = opened(tmp_path / "shards", tokenizer, tmp_path / "cache", eval_data=scored, eval_split="x")
+    assert len(found.held) == 20
+
+
 def test_strict_and_the_share_of_bad_rows_reach_the_reader(tokenizer: Any, tmp_path: Path) -> None:
     rows: list[Any] = pairs(300)
     rows[5] = {"prompt": "x"}
