@@ -11,6 +11,7 @@ Something is always held out, so that a run knows whether it learned: records th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -351,7 +352,7 @@ def _open_files(
     parts = [ENCODING, files.content(), tokenizer_fingerprint(tokenizer), seq_len, marks, decides]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = settings.data_cache or cache_folder()
-    kept = _from_cache(folder, key)
+    kept = None if folder is None else _from_cache(folder, key)
     if kept is not None:
         train, held, summary = kept
         # Names of files are the user's, and may differ from those of the run that filled the cache.
@@ -368,7 +369,10 @@ def _open_files(
         found = encode_records(scored, tokenizer, seq_len, last_turn_only=settings.last_turn_only, may_be_empty=True)
         summary += "\n" + _marked(describe(scored, found))
         held = _any(found)
-    _to_cache(folder, key, train, held, summary)
+    if folder is None:
+        log.warning("data: nothing kept for the next run, there is no home folder: give --data-cache")
+    else:
+        _to_cache(folder, key, train, held, summary)
     return TrainingData(OneBlock(train), held, summary)
 
 
@@ -409,9 +413,12 @@ def _read_split(
     return (learned, replace(scored, bad_rows=(), ignored=())) if learned.records else (records, None)
 
 
-def cache_folder() -> Path:
-    """Where encoded data are kept by default."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def cache_folder() -> Path | None:
+    """Where encoded data are kept by default; None for somebody without a home folder."""
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(root) / "qwen-prime"
 
 
@@ -427,7 +434,9 @@ def _from_cache(folder: Path, key: str) -> tuple[EncodedSet, EncodedSet | None, 
     except (DataError, KeyError, TypeError) as error:
         log.warning("data: the cache is damaged, encoding again: %s", error)
         return None
-    os.utime(path)
+    # It may be somebody else's, to be read and not to be touched.
+    with contextlib.suppress(OSError):
+        os.utime(path)
     return train, held, str(about["summary"])
 
 

@@ -100,6 +100,30 @@ def test_the_cache_is_bounded_and_not_needed(tokenizer: Any, tmp_path: Path, mon
     assert "cannot be written" in caplog.text
 
 
+def test_a_cache_that_is_only_to_be_read_serves(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", pairs(50))
+    opened(path, tokenizer, tmp_path / "cache")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(training_data.os, "utime", refuse)
+    assert "encoded before" in opened(path, tokenizer, tmp_path / "cache").summary
+
+
+def test_without_a_home_there_is_no_cache(tokenizer: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(training_data.Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    found = open_data(write_lines(tmp_path / "rows.jsonl", pairs(50)), None, tokenizer, 64, DataSettings())
+    assert len(found.blocks.block(0, 0)) + len(found.held) == 50
+    assert "no home folder: give --data-cache" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert training_data.cache_folder() == tmp_path / "qwen-prime"
+
+
 def test_large_files_are_streamed(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(training_data, "STREAM_BYTES", 1000)
     path = write_lines(tmp_path / "rows.jsonl", pairs(120))
