@@ -132,9 +132,10 @@ def pack(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int, epoch: in
     """
     lengths = _checked_lengths(lengths, seq_len)
     order = _shuffled(len(lengths), seed, epoch, 0)
+    plain = lengths.tolist()
     rows: list[list[int]] = []
     for window in np.array_split(order, max(1, round(len(order) / _WINDOW))):
-        rows += _best_fit(window[np.argsort(-lengths[window], kind="stable")].tolist(), lengths.tolist(), seq_len)
+        rows += _best_fit(window[np.argsort(-lengths[window], kind="stable")].tolist(), plain, seq_len)
     return [rows[i] for i in _shuffled(len(rows), seed, epoch, 1)]
 
 

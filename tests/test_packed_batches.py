@@ -47,6 +47,17 @@ def test_order_is_pinned():
     assert pack([3, 9, 2, 5, 8, 1, 7, 4], 10, seed=-1, epoch=1) == [[4, 2], [6, 0], [3, 7, 5], [1]]
 
 
+def test_all_windows_look_at_one_list_of_lengths(monkeypatch):
+    """A new one for every window is quadratic in the number of documents."""
+    lists: list[list[int]] = []
+    best_fit = data._best_fit
+    monkeypatch.setattr(
+        data, "_best_fit", lambda part, lengths, size: lists.append(lengths) or best_fit(part, lengths, size)
+    )
+    pack(random_lengths(5000, 64), 64, 3, 1)
+    assert len(lists) == 5 and all(lengths is lists[0] for lengths in lists)
+
+
 def test_best_fit_prefers_the_tightest_row():
     # 6 and 5 open rows with 4 and 5 free. 4 belongs to the first: in the second it would leave no room for 3 and 2.
     rows = pack([3, 6, 2, 5, 4], 10, seed=0, epoch=0)
