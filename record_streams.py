@@ -69,6 +69,9 @@ def parse_source(text: str | Path) -> Path | DatasetId:
     Raises ``DataError`` for what is neither.
     """
     path = Path(text)
+    if text == "":
+        # Of all paths it would be the present folder: a shell variable that is not set, more likely.
+        raise DataError("the data have an empty name; expected a file, a folder (. for this one) or a dataset id")
     if path.exists():
         return path
     found = _DATASET.fullmatch(str(text))

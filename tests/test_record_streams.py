@@ -116,6 +116,12 @@ def test_a_read_that_goes_on_failing_and_one_that_never_worked_are_errors(
     assert late.begun == [0, 10, 10, 10] and early.begun == [0]
 
 
+def test_an_empty_name_is_not_the_present_folder() -> None:
+    with pytest.raises(DataError, match="the data have an empty name"):
+        parse_source("")
+    assert parse_source(".") == Path(".")
+
+
 def test_hub_rows_are_pinned_and_resume_anywhere(hub: Any) -> None:
     rows = HubRows(DatasetId("owner/set", "tiny"), "train", shuffle=True, seed=3)
     assert rows.about == {
