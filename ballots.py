@@ -58,6 +58,22 @@ class VoteState:
     shares: torch.Tensor | None = None
     push: torch.Tensor | None = None
 
+    def on(self, device: torch.device) -> VoteState:
+        """The same on another device."""
+
+        def there(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return VoteState(
+            votes=there(self.votes),
+            rows={name: tensor.to(device) for name, tensor in self.rows.items()},
+            observations=self.observations,
+            anchor=self.anchor.detach().to(device).requires_grad_(),
+            columns={name: tensor.to(device) for name, tensor in self.columns.items()},
+            shares=there(self.shares),
+            push=there(self.push),
+        )
+
 
 class Grid(Protocol):
     """What a rule sees of a :class:`ghost_grid.GhostGrid`."""

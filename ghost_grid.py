@@ -104,12 +104,16 @@ class GhostGrid(nn.Module):
         self._inverse_scale: torch.Tensor | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GhostGrid:
-        """Moves of the module, as ``nn.Module``'s; a cast of its floats (``half``, ``to(torch.bfloat16)``) is not for
-        scales, which stay float32, bit for bit."""
+        """Moves of the module, as ``nn.Module``'s, its votes with it; a cast of its floats (``half``,
+        ``to(torch.bfloat16)``) is not for scales, which stay float32, bit for bit."""
         exact = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != exact.dtype:
             self.scale = exact.to(self.scale.device)
+        if self.scale.device != exact.device:
+            self._looked_at.clear()
+            if self.state is not None:
+                self.state = self.state.on(self.scale.device)
         return self
 
     # -- the weight -------------------------------------------------------------------------------------------------

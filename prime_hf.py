@@ -275,6 +275,11 @@ def _begin_micro_batch(
     """The hook of a model's forward pass: tell its optimizer, while there is one. A copy of the model has a copy of the
     hook and is nobody's."""
     mine = optimizer()
+    if mine is not None and getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            "PrimeVoteOptimizer does not sum votes over cards, and torch.nn.DataParallel spreads this model over "
+            "several: run with CUDA_VISIBLE_DEVICES=0"
+        )
     if mine is not None and listened() is model and mine.listens():
         mine._begin(model, given)
 

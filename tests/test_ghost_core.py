@@ -653,6 +653,22 @@ def test_a_cast_of_a_module_leaves_scales_alone() -> None:
     assert moved.grid.scale.is_meta and moved.grid.scale.dtype == torch.float32 and moved.grid.indices.is_meta
 
 
+def test_votes_move_with_their_module() -> None:
+    """A trainer moves a model to its card after an optimizer was made for it."""
+    layer = GhostLinearTandem(new_grid(23, 19, 3))
+    layer.grid.unlock()
+    state = layer.grid.state
+    assert state is not None and state.votes is not None and state.shares is not None
+    layer.to("cpu")
+    assert layer.grid.state is state
+    layer.to("meta")
+    moved = layer.grid.state
+    assert moved is not None and moved.votes is not None and moved.shares is not None
+    every = [moved.votes, moved.shares, moved.anchor, *moved.rows.values(), *moved.columns.values()]
+    assert all(t.is_meta for t in every) and moved.anchor.requires_grad and moved.anchor.is_leaf
+    assert moved.rows.keys() == state.rows.keys() and moved.columns.keys() == state.columns.keys()
+
+
 def test_a_micro_batch_votes_once() -> None:
     """Two forward passes before a backward pass would have the room of one micro-batch, and could wrap a buffer."""
     ids, targets = randint(37, (4, 9), 52), randint(37, (4, 9), 53)

@@ -378,6 +378,13 @@ def test_a_scaler_is_refused_at_the_first_step(folders: dict[str, Path], scale: 
         scaler.step(optimizer)
 
 
+def test_several_cards_are_refused(folders: dict[str, Path]) -> None:
+    """transformers' Trainer takes all it sees, by copies of the model that vote on nothing of ours."""
+    model, _ = open_for_training(folders["qwen2-tied"])
+    with pytest.raises(RuntimeError, match="CUDA_VISIBLE_DEVICES=0"):
+        model._replicate_for_data_parallel()(**collate(rows(1)))
+
+
 def test_a_second_optimizer_begins_anew(folders: dict[str, Path]) -> None:
     """A notebook cell that is run again: no votes of the first, which no longer hears the model."""
     data = rows(4)
