@@ -41,7 +41,7 @@ from code_sandbox import Limits, SandboxError
 from packed_batches import evaluation_batches
 from packed_checkpoint import sha256_of_file
 from prime_checkpoint import CheckpointError
-from prime_device import DeviceError, check_device
+from prime_device import DeviceError, check_device, is_out_of_memory
 from qwen_prime_wrapper import ModelError, load_model, mean_answer_loss
 from text_records import DataError, read_records
 from training_data import DataSettings, open_data
@@ -318,7 +318,16 @@ def main(config: EvalConfig) -> int:
     if config.compare:
         print_reports([read_report(path) for path in config.compare], [path.stem for path in config.compare])
         return 0
-    report = measure(config)
+    try:
+        report = measure(config)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        window = f"--window of less than {config.window}" if config.window else "--window"
+        raise DeviceError(
+            f"memory ran out on {config.device}: a {window} (tokens of --text at a time, by default the model's "
+            f"context) or a --batch-size of less than {config.batch_size} needs less"
+        ) from error
     text = (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()
     if config.core and config.model is not None:
         stem = config.model.stem if config.model.is_file() else config.model.name

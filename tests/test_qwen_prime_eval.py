@@ -12,6 +12,7 @@ import qwen_prime_eval as evaluation
 import qwen_prime_importer as importer
 import qwen_prime_train as train
 from prime_checkpoint import check_file
+from prime_device import DeviceError
 from qwen_prime_wrapper import ModelError, load_model
 from text_records import DataError
 
@@ -64,6 +65,22 @@ def test_folder_and_checkpoint_score_alike(prime: Path, tmp_path: Path) -> None:
         losses.append(result["nll_per_token"])
     assert losses[0] != losses[1]
     assert abs(losses[0] - losses[1]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_is_one_line_with_what_helps(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+
+    def short_of_memory(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluation.core_eval, "score_text", short_of_memory)
+    with pytest.raises(DeviceError, match=r"memory ran out on cpu.*--window.*--batch-size"):
+        evaluation.main(evaluation.EvalConfig(model=MODEL, text=tmp_path / "text.txt", device="cpu"))
 
 
 def test_what_a_run_holds_out_is_scored_again(

@@ -307,6 +307,25 @@ def test_answer_loss_is_transformers_loss_times_its_tokens(tied: bool) -> None:
         assert math.isclose(loss.item(), wanted.item(), rel_tol=2e-6)
 
 
+def test_a_dense_head_makes_a_few_tokens_logits_at_a_time() -> None:
+    """A long window in slices: the same loss to float32's rounding of a sum; with a backward pass in one piece."""
+    dense = dense_twin(ghost_model())
+    ids = random_ids(9, 128)
+    rows: list[int] = []
+    dense.get_output_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    whole, count = wrapper.answer_loss(dense, ids, ids)
+    with torch.no_grad():
+        sliced, same = wrapper.answer_loss(dense, ids, ids)
+        again, _ = wrapper.answer_loss(dense, ids, ids)
+    assert rows == [1143, 512, 512, 119, 512, 512, 119] and count == same == 1143
+    assert sliced.dtype == torch.float32 and sliced.item() == again.item()
+    assert math.isclose(sliced.item(), whole.item(), rel_tol=1e-6)
+    with torch.no_grad():
+        few, _ = wrapper.answer_loss(dense, ids[:4], ids[:4])
+    assert few.item() == wrapper.answer_loss(dense, ids[:4], ids[:4])[0].item(), "one slice is the whole"
+    assert wrapper.answer_loss(dense, ids, torch.full_like(ids, -100))[0].item() == 0.0
+
+
 def test_answer_loss_never_counts_the_first_token_of_a_row() -> None:
     model = ghost_model()
     ids = random_ids(2, 10)
