@@ -195,7 +195,7 @@ class Chat:
             dropped += 1
 
     def _reuse(self, ids: list[int]) -> int:
-        """Cut the cache to what it shares with ``ids``; at least one token is left to compute."""
+        """Cut the cache to what it shares with ``ids``, or begin a new one; at least one token is left to compute."""
         shared = 0
         for mine, theirs in zip(self.cached, ids[:-1], strict=False):
             if mine != theirs:
@@ -204,8 +204,12 @@ class Chat:
         if self.cache is None or shared == 0:
             self.cache, shared = DynamicCache(config=self.model.config), 0
         elif surplus := self.cache.get_seq_length() - shared:
-            # Negative: so many tokens fewer.
-            self.cache.crop(-surplus)
+            try:
+                # Negative: so many tokens fewer.
+                self.cache.crop(-surplus)
+            except RuntimeError:
+                # Past its window a sliding layer has forgotten what it would go back to; others may be cut already.
+                self.cache, shared = DynamicCache(config=self.model.config), 0
         return shared
 
     @torch.no_grad()

@@ -51,6 +51,18 @@ HELP = """/reset          forget the conversation
 A line that ends with \\ goes on with the next. Ctrl-C stops an answer."""
 
 
+_NO_TEXT = "{} has bytes that are no UTF-8: expected text"
+
+
+def is_text(text: str) -> bool:
+    """Whether a string is one: bytes that are no UTF-8 Python may keep as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class ChatConfig:
     """Talk to a PRIME checkpoint or a Hugging Face folder."""
@@ -91,6 +103,9 @@ class ChatConfig:
             raise ValueError(f"max-new-tokens is {self.max_new_tokens}, expected at least 1")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty")
+        for name, text in (("prompt", self.prompt), ("system", self.system)):
+            if text is not None and not is_text(text):
+                raise ValueError(_NO_TEXT.format(name))
 
 
 def open_model(path: Path, weights: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -241,6 +256,9 @@ class Conversation:
         word, _, rest = text.strip().partition(" ")
         if word in ("/quit", "/exit"):
             return False
+        if not is_text(text):
+            note(f"error: {_NO_TEXT.format('the message')}")
+            return True
         if word in ("/reset", "/system"):
             for chat in self.chats:
                 chat.system = rest.strip() if word == "/system" and rest.strip() else chat.system
@@ -274,6 +292,8 @@ def converse(conversation: Conversation) -> int:
                 return 0
             if not conversation.take(text):
                 return 0
+        except UnicodeDecodeError:
+            note(f"error: {_NO_TEXT.format('the message')}")
         except KeyboardInterrupt:
             note("\n(Ctrl-D or /quit leaves)")
 
@@ -284,9 +304,14 @@ def main(config: ChatConfig) -> int:
     transformers.logging.disable_progress_bar()
     prompt = config.prompt
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read().strip()
+        try:
+            prompt = sys.stdin.read().strip()
+        except UnicodeDecodeError as error:
+            raise ChatError(_NO_TEXT.format("standard input")) from error
         if not prompt:
             raise ChatError("standard input is empty: expected a message, or a terminal to talk in")
+        if not is_text(prompt):
+            raise ChatError(_NO_TEXT.format("standard input"))
     if config.seed is not None:
         torch.manual_seed(config.seed)
     sampling = Sampling(

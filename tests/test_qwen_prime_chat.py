@@ -205,6 +205,40 @@ def test_one_shot_and_pipe(
     assert "standard input is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_one_line(
+    errors: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of standard input in either way that a locale has Python read it, and of flags."""
+    for arguments, code, what in (((), 1, "standard input"), (("--prompt", "caf\udce9"), 2, "prompt")):
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run(tmp_path / "absent.pt", *arguments) == code
+        said = capsys.readouterr().err
+        assert f"{what} has bytes that are no UTF-8: expected text" in said and said.count("\n") == 1
+    notes: list[str] = []
+    monkeypatch.setattr(program, "note", notes.append)
+    assert program.Conversation([], lambda _: pytest.fail("asked")).take("caf\udce9")
+    assert notes == ["error: the message has bytes that are no UTF-8: expected text"]
+
+
+def test_a_sliding_window_is_computed_again_past_its_end(tmp_path: Path) -> None:
+    """The next prompt of a template goes back behind what the cache still knows."""
+    config = tiny_config(use_sliding_window=True, sliding_window=16, max_window_layers=1, max_position_embeddings=256)
+    model, tokenizer, _ = load_model(write_source(tmp_path, config))
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}!"
+    chat = Chat(model, tokenizer, sampling=GREEDY)
+    for text in ("hello there, how are you", "and now?", "third"):
+        before = list(chat.messages)
+        reply = chat.ask(text)
+        chat.messages, after = [*before, {"role": "user", "content": text}], chat.messages
+        ids = chat.render()
+        chat.messages = after
+        wanted = ids + afresh(chat, ids, 6)
+        assert chat.cached == wanted[: len(chat.cached)] and len(ids) < len(chat.cached)
+        assert reply.reused_tokens == 0
+
+
 def test_two_models_side_by_side(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--max-new-tokens", 8, "--temperature", 0, "--prompt", "def add(a, b):")
     assert run(checkpoint, "--compare", MODEL, *options) == 0
