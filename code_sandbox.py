@@ -267,7 +267,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     reader, writer = os.pipe()
     arguments = [str(writer), token, str(limits.seconds), str(limits.memory_bytes)]
     with tempfile.TemporaryFile() as source, tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        source.write(program.encode("utf-8", errors="surrogateescape"))
+        source.write(program.encode("utf-8", errors="surrogatepass"))
         source.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(Path(__file__).resolve()), *arguments],

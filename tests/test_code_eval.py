@@ -56,6 +56,11 @@ def test_judging(completion: str, passed: bool) -> None:
     assert bool(verdict.reason) is not passed
 
 
+def test_a_completion_that_is_no_text_fails() -> None:
+    (verdict,) = judge([PROBLEM], {"T/0": "    x = '\ud800'\n    return 2 * x\n"}, limits=Limits(5.0))
+    assert not verdict.passed and verdict.reason
+
+
 def test_code_is_taken_out_of_answers() -> None:
     whole = "def twice(x):\n    return 2 * x"
     assert code_of(PROBLEM, f"Sure!\n```python\n{whole}\n```\nDone.") == whole
