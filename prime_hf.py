@@ -45,13 +45,12 @@ from ghost_grid import SLICE_ELEMENTS
 from hf_export import FOLDER_FILES, StoredTensor, folder_config, write_companions, write_json, write_shards
 from manifolds import Manifold
 from momentum_rules import MomentumRule
-from qwen_prime_wrapper import expected_tensors, restore_modules, swap_modules
+from qwen_prime_wrapper import INDEX_METHOD, expected_tensors, restore_modules, swap_modules
 from vote_rules import rule_named
 from whole_output import new_folder
 
 log = logging.getLogger("prime_hf")
 
-METHOD = "prime"
 _CODE = Path(modeling_prime.__file__)
 _HEAD_USE = 0
 """Which of a grid's uses the head is, as in ``ghost_core``."""
@@ -60,18 +59,18 @@ _HEAD_USE = 0
 # -- the plug-in ------------------------------------------------------------------------------------------------------
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(INDEX_METHOD)
 class PrimeConfig(QuantizationConfigMixin):
     """``quantization_config`` of a folder's config.json: which table the indices point into."""
 
     def __init__(self, manifold: str, sha256: str, vote_bits: int = 0, **_: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = INDEX_METHOD  # type: ignore[assignment]
         self.manifold = manifold
         self.sha256 = sha256
         self.vote_bits = vote_bits
 
 
-@register_quantizer(METHOD)
+@register_quantizer(INDEX_METHOD)
 class PrimeQuantizer(HfQuantizer):
     """Loads, saves and dequantizes; see the module docstring."""
 

@@ -61,6 +61,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """What a checkpoint keeps of its source besides weights and config, where present."""
+INDEX_METHOD = "prime"
+"""``quant_method`` in the config.json of a folder of indices (``prime_hf``)."""
 TURN_END = "<|im_end|>"
 """What ends a turn in Qwen's templates; base models name another token as their end."""
 _LOGIT_ROWS = 512
@@ -96,6 +98,13 @@ def parse_config(hf_config: dict[str, Any], where: str) -> PreTrainedConfig:
         raise ModelError(
             f"{where} has model_type {kind!r} ({', '.join(map(str, hf_config.get('architectures') or ['?']))}), "
             f"supported are {', '.join(f'{k} ({v})' for k, v in ARCHITECTURES.items())}"
+        )
+    quantized = hf_config.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if method != INDEX_METHOD and quantized:
+        raise ModelError(
+            f"{where} has a quantization_config ({str(method)[:40]}): expected a folder of unquantized weights, which "
+            "the model that it was made from has"
         )
     for name, most in _MOST.items():
         size = hf_config.get(name)

@@ -172,6 +172,17 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("record", [{"quant_method": "gptq", "bits": 4}, {"bits": 8}, ["gptq"]], ids=str)
+def test_quantized_weights_are_refused_with_what_is_expected(record: object) -> None:
+    with pytest.raises(
+        ModelError, match=r"there/config\.json has a quantization_config .*unquantized weights"
+    ) as caught:
+        wrapper.parse_config({**tiny_config(), "quantization_config": record}, "there/config.json")
+    assert "\n" not in str(caught.value)
+    for allowed in (None, {"quant_method": "prime"}):
+        wrapper.parse_config({**tiny_config(), "quantization_config": allowed}, "there/config.json")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
