@@ -16,7 +16,7 @@ from bench_models import Endless, ghost_model
 from bench_tools import BenchError, in_own_process, machine, print_table, resident_bytes, write_json
 from night_shift import AntigravitySentinel, LayerPeel, MemoryContingency, Shape, TrainingGovernor
 from night_watch import NightWatch
-from prime_device import memory_peak, return_freed_memory
+from prime_device import check_device, memory_peak, return_freed_memory
 from qwen_prime_wrapper import count_parameters
 from training_recipe import Recipe
 from vote_rules import rule_named
@@ -148,6 +148,7 @@ def measure_memory(name: str, steps: int, device: str) -> dict[str, Any]:
 
 def bench_memory(config: MemoryBench) -> int:
     """Measure each setting in a process of its own; as a worker, one of them."""
+    check_device(config.device)
     names = config.settings or tuple(n for n in MEMORY_SETTINGS if n != "toy")
     if config.worker:
         print(json.dumps(measure_memory(names[0], config.steps, config.device)))

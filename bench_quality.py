@@ -12,6 +12,7 @@ import quality_runs
 import quality_summary
 import quality_tasks
 from bench_tools import SCRIPT, BenchError, machine, print_table
+from prime_device import check_device
 from prime_telemetry import read_lines
 
 
@@ -68,6 +69,7 @@ class QualityBench:
 def bench_quality(config: QualityBench) -> int:
     """Run what is missing, then print the comparison; as a worker, one run and its results line."""
     if not config.summary:
+        check_device(config.device)
         for name in config.methods:
             quality_tasks.check_method(name)
         tasks = [quality_tasks.check_task(name, config.data_root) for name in config.tasks]

@@ -73,6 +73,21 @@ def _other_torch(backend: str = "auto") -> str:
     )
 
 
+def device_of(name: str) -> torch.device:
+    """The device of that name, there or not.
+
+    Raises:
+        DeviceError: no CPU or CUDA device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device is {name!r}, expected cpu, cuda or cuda:N")
+    return device
+
+
 def check_device(device: str) -> None:
     """The device exists and the installed torch has code for it. Where the machine has a card that this torch does not
     see, the log says so.
@@ -80,8 +95,9 @@ def check_device(device: str) -> None:
     Raises:
         DeviceError: with the command that installs a torch that has.
     """
+    kind = device_of(device).type
     hidden = _has_hidden_card()
-    if torch.device(device).type != "cuda":
+    if kind != "cuda":
         if hidden:
             log.warning(
                 "this machine has an NVIDIA driver, but torch %s sees no card: working on the CPU. A torch that fits "

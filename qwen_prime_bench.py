@@ -44,6 +44,7 @@ from bench_training import TrainBench, bench_train
 from ghost_grid import GhostError
 from night_shift import NightShiftError
 from prime_checkpoint import CheckpointError
+from prime_device import DeviceError
 from quality_tasks import QualityError
 from qwen_prime_wrapper import ModelError
 from text_records import DataError
@@ -73,7 +74,7 @@ _ROOMS: dict[type, Callable[[Any], int]] = {
 }
 _ERRORS = (
     *(BenchError, QualityError, DataError, ModelError, CheckpointError, GhostError, OSError),
-    *(TrainError, NightShiftError),
+    *(TrainError, NightShiftError, DeviceError),
 )
 
 

@@ -30,6 +30,7 @@ import prime_cli
 from ghost_grid import HEADROOM, GhostGrid
 from ghost_kernels import SnapReport
 from prime_checkpoint import FORMAT, VERSION, CheckpointError, created_by, one_line, probe, save_checkpoint
+from prime_device import device_of
 from qwen_prime_wrapper import (
     ModelError,
     build_model,
@@ -339,7 +340,7 @@ def check_request(config: ImportConfig) -> None:
     if config.report and (config.report.is_dir() or not config.report.parent.is_dir()):
         raise ImportProblem(f"cannot write the report {config.report}: it is a folder, or in none")
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device=device_of(config.device))
     except (RuntimeError, AssertionError) as error:
         # A torch without CUDA says so by AssertionError.
         raise ImportProblem(f"device {config.device} is not usable here: {one_line(error)}") from error

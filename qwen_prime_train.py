@@ -33,6 +33,7 @@ from prime_device import (
     GIB,
     DeviceError,
     check_device,
+    device_of,
     make_deterministic,
     may_keep_freed_memory,
     memory_available,
@@ -192,6 +193,8 @@ def print_plan(config: TrainConfig, checkpoint: dict[str, Any]) -> int:
 
 def main(config: TrainConfig) -> int:
     if config.plan:
+        # With --memory the plan is of a machine that need not be this one.
+        device_of(config.device) if config.memory else check_device(config.device)
         return print_plan(config, load_checkpoint(config.checkpoint))
     assert config.output_dir is not None, "checked by the config"
     if config.output_dir.is_file():

@@ -48,6 +48,13 @@ def test_a_card_that_this_torch_has_no_code_for_is_named_with_the_way_out(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["nonsense", "mps", "meta", "", "cuda:x", "cpu:-1"])
+def test_what_is_no_cpu_or_cuda_device_is_refused_by_name(name: str) -> None:
+    with pytest.raises(device.DeviceError, match=rf"device is {name!r}, expected cpu, cuda or cuda:N"):
+        device.check_device(name)
+    assert device.device_of("cuda:3") == torch.device("cuda", 3), "there or not"
+
+
 def test_no_cuda_device_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     device.check_device("cpu")

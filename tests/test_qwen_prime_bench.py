@@ -55,6 +55,12 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{room}.return_freed_memory", lambda: True)
 
 
+@pytest.mark.parametrize("arguments", [["memory", "--settings", "toy"], ["quality"]], ids=str)
+def test_a_device_that_is_none_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--device", "nonsense"]) == 1
+    assert capsys.readouterr().err == "error: device is 'nonsense', expected cpu, cuda or cuda:N\n"
+
+
 @pytest.mark.usefixtures("workers_here")
 @pytest.mark.parametrize("name", TINY)
 def test_a_sub_command(

@@ -610,7 +610,7 @@ def test_an_unwritable_report(refuse: Callable[..., str], tiny: Imported, tmp_pa
     refuse(tiny[0], "--report", str(tmp_path / report), words=[str(tmp_path / report)])
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta", "mps"])
 def test_a_device_that_is_not_there(refuse: Callable[..., str], tiny: Imported, device: str) -> None:
     refuse(tiny[0], "--device", device, words=[device])
 

@@ -702,5 +702,7 @@ def test_plan_needs_no_data_and_trains_nothing(quick: train.TrainConfig, capsys:
     assert "fits: 0." in said and "of 1.07 GB" in said and "indices" in said
     assert train.main(replace(plan, memory=1e-4)) == 1
     assert "does not fit" in capsys.readouterr().out
+    with pytest.raises(train.DeviceError, match="device is 'nonsense', expected cpu"):
+        train.main(replace(plan, device="nonsense"))
     with pytest.raises(ValueError, match="--data and --output-dir"):
         replace(plan, plan=False)
