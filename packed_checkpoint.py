@@ -18,6 +18,7 @@ origins.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from prime_checkpoint import (
     tensor_sha256,
     walk_tensors,
 )
-from prime_pack import Pack, PackError, PackWriter, Section, carrier, is_pack, plain, unplain
+from prime_pack import Pack, PackError, PackWriter, Section, carrier, is_pack, plain, single, unplain
 
 KIND = "checkpoint"
 _SLICE = 1 << 22
@@ -111,11 +112,15 @@ def _split_by_origin(
 
 def _join_by_origin(pack: Pack, path: str, scale: torch.Tensor, manifold: Manifold) -> torch.Tensor:
     """The indices that :func:`_split_by_origin` took apart, int16 ``(out, in)``."""
-    known = pack.tensor(f"{path}:rows").bool()
-    words, rest = pack.tensor(f"{path}:words"), pack.tensor(f"{path}:rest")
-    rows, columns, count = len(known), words.shape[-1], int(known.sum())
-    if words.shape != (count, columns) or rest.shape != (rows - count, columns) or scale.shape != (rows,):
+    parts = [pack.section(f"{path}:{label}") for label in ("rows", "words", "rest")]
+    shapes, types = [part.shape for part in parts], [part.dtype for part in parts]
+    rows, count, columns = len(scale), *(shapes[1] if len(shapes[1]) == 2 else (0, 0))
+    # Before anything is decoded: what is claimed must be of this grid.
+    fits = shapes == [(rows,), (count, columns), (rows - count, columns)] and types == ["uint8", "uint16", "int16"]
+    known = pack.tensor(f"{path}:rows").bool() if fits else None
+    if known is None or int(known.sum()) != count:
         raise PackError(f"{pack.path} is damaged: the parts of {path} do not fit together")
+    words, rest = pack.tensor(f"{path}:words"), pack.tensor(f"{path}:rest")
     indices = torch.empty(rows, columns, dtype=torch.int16)
     indices[~known] = rest
     places = torch.nonzero(known)[:, 0]
@@ -234,6 +239,8 @@ def low_bit_grid(pack: Pack, name: str) -> LowBitGrid:
         settings = _content(pack)["model"][name]["$grid"]
         rows, columns = pack.tensor(f"model/{name}:rows"), pack.tensor(f"model/{name}:columns")
         scales = Scales(rows, columns, float(settings["unit"]))
+        if pack.section(f"model/{name}:codes").count != math.prod(scales.shape):
+            raise ValueError(f"its codes are not of {scales.shape[0]} rows of {scales.shape[1]} weights")
         codes = pack.tensor(f"model/{name}:codes")
         return LowBitGrid.restored(codes, scales, str(settings["table"]), int(settings["top"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -317,7 +324,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """
     pack = Pack(path, KIND)
     try:
-        checkpoint = unplain(_content(pack), _markers(pack))
+        checkpoint = unplain(_content(pack), single(_markers(pack), pack.path))
         if "low_bit" in pack.content:
             checkpoint = _completed(checkpoint)
     except CheckpointError:

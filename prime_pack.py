@@ -54,6 +54,14 @@ _TAIL = struct.Struct("<QQ32s")
 _HEADER_MAX, _TEXT_MAX = 1 << 24, 1 << 28
 """No header of ours is longer than this, in bytes of JSON (some 250 for a tensor), nor a tensor of bytes: zstd makes
 gigabytes of a hundred kilobytes, and JSON of brackets takes twenty times its length."""
+_CLAIMS_MIN, _CLAIMS_RATIO = 1 << 28, 64
+"""What the tensors of any file may come to, in bytes, and as a multiple of a larger file: 1.5 bits a weight, which is
+as small as codes are made, is a ratio of 11."""
+_TENSOR_MAX = 1 << 32
+"""Bytes of one tensor; the largest of a Qwen, an embedding, has 2.5 GB."""
+MOVES = "moved/"
+"""How the moves of a patch are named. Of a patch that moves little they are nearly all zeros, at any ratio: whoever
+applies it knows how large they are, and compares."""
 _PIECE = 1 << 22
 
 _CARRIERS: dict[torch.dtype, str] = {
@@ -93,6 +101,11 @@ class Section:
     def count(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded tensor."""
+        return self.count * _DTYPES[self.dtype].itemsize
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -198,6 +211,22 @@ def unplain(tree: Any, markers: Mapping[str, Callable[[Any], Any]]) -> Any:
     return {key: unplain(value, markers) for key, value in tree.items()}
 
 
+def single(markers: Mapping[str, Callable[[Any], Any]], path: Path) -> dict[str, Callable[[Any], Any]]:
+    """Markers for :func:`unplain` that take each value once: a tree that names a tensor often would be many of it."""
+    seen: set[str] = set()
+
+    def guarded(key: str, meaning: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def mark(value: Any) -> Any:
+            if (name := json.dumps([key, value])) in seen:
+                raise PackError(f"{path} is damaged: {value!r} stands in it twice")
+            seen.add(name)
+            return meaning(value)
+
+        return mark
+
+    return {key: guarded(key, meaning) for key, meaning in markers.items()}
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +283,13 @@ class Pack:
             raise PackError(f"{path} is damaged: its header is not understood ({one_line(error)})") from error
         if kind is not None and self.kind != kind:
             raise PackError(f"{path} is a packed {self.kind}, expected a packed {kind}")
+        moves = MOVES if self.kind == "patch" else "/"
+        claimed = sum(s.nbytes for s in self.sections.values() if not s.name.startswith(moves))
+        if claimed > (limit := max(_CLAIMS_MIN, _CLAIMS_RATIO * size)):
+            raise PackError(
+                f"{path} claims {claimed:,} bytes of tensors, expected at most {limit:,} of a file of {size:,} bytes: "
+                "it is damaged, or made to fill memory"
+            )
 
     def _hash(self, length: int) -> str:
         digest = hashlib.sha256()
@@ -267,15 +303,23 @@ class Pack:
         except (ValueError, RecursionError, MemoryError) as error:
             raise PackError(f"{self.path} is damaged: its header cannot be read ({one_line(error)})") from error
 
+    def section(self, name: str) -> Section:
+        """What the header says of one tensor.
+
+        Raises:
+            PackError: no such tensor.
+        """
+        if name not in self.sections:
+            raise PackError(f"{self.path} has no tensor {name!r}")
+        return self.sections[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, decoded; only its own bytes are read and checked.
 
         Raises:
             PackError: no such tensor, or its bytes are not what its section says.
         """
-        if name not in self.sections:
-            raise PackError(f"{self.path} has no tensor {name!r}")
-        section = self.sections[name]
+        section = self.section(name)
         data = self._view[section.offset : section.offset + section.length]
         if hashlib.blake2b(data, digest_size=8).hexdigest() != section.check:
             raise PackError(f"{self.path} is damaged: the bytes of {name} changed; copy or pack it again")
@@ -307,6 +351,8 @@ def _section(raw: Any, end: int) -> Section:
         raise ValueError(f"{section.name} has impossible sizes")
     if section.dtype not in _DTYPES or section.codec not in _DECODERS:
         raise ValueError(f"{section.name} has type {section.dtype} and codec {section.codec}")
+    if section.nbytes > _TENSOR_MAX:
+        raise ValueError(f"{section.name} claims {section.nbytes:,} bytes, expected at most {_TENSOR_MAX:,}")
     if section.codec == "text" and section.count > _TEXT_MAX:
         raise ValueError(f"{section.name} claims {section.count:,} bytes, expected at most {_TEXT_MAX:,}")
     if section.offset < _START or section.offset + section.length > end:

@@ -31,7 +31,7 @@ import torch
 
 from packed_checkpoint import without_votes
 from prime_checkpoint import check_contract, one_line, tensor_sha256, walk_tensors
-from prime_pack import Pack, PackError, PackWriter, Section, carrier, plain, unplain
+from prime_pack import MOVES, Pack, PackError, PackWriter, Section, carrier, plain, single, unplain
 
 KIND = "patch"
 
@@ -95,7 +95,7 @@ def write_patch(
                 return {"$same": name}
             if name in equal and name.startswith("model/"):
                 if side == "new":
-                    writer.add(f"moved/{name}", _difference(sides["base"][name], tensor))
+                    writer.add(MOVES + name, _difference(sides["base"][name], tensor))
                 return {"$moved": name}
             writer.add(f"{side}/{name}", tensor)
             return {"$tensor": f"{side}/{name}"}
@@ -152,11 +152,19 @@ def _markers(pack: Pack, tensors: dict[str, torch.Tensor], revert: bool) -> dict
             raise PatchError(f"{pack.path} needs {name}, which the given checkpoint does not have")
         return tensors[name]
 
-    return {
-        "$tensor": pack.tensor,
-        "$same": same,
-        "$moved": lambda name: _moved(same(name), pack.tensor(f"moved/{name}"), revert),
-    }
+    def own(name: str) -> torch.Tensor:
+        if name.startswith(MOVES):
+            raise PatchError(f"{pack.path} is damaged: {name} is no tensor by itself")
+        return pack.tensor(name)
+
+    def moved(name: str) -> torch.Tensor:
+        tensor, move = same(name), pack.section(MOVES + name)
+        if move.shape != tuple(tensor.shape) or move.nbytes != tensor.nbytes:
+            # Before it is decoded: of moves alone a file may claim any size.
+            raise PatchError(f"a move of {move.dtype} {move.shape} does not fit its tensor")
+        return _moved(tensor, pack.tensor(MOVES + name), revert)
+
+    return {**single({"$tensor": own, "$moved": moved}, pack.path), "$same": same}
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -6,14 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_prime_pack import rewrite_header
 from tiny_models import import_source, plant, tiny_config, write_source
 
 import ghost_kernels as kernels
 import manifolds
 from entropy_coding import encode, zero_order_entropy
-from packed_checkpoint import bfloat16_origins, read_checkpoint, read_tensor, without_votes, write_checkpoint
+from packed_checkpoint import (
+    _join_by_origin,
+    _split_by_origin,
+    bfloat16_origins,
+    read_checkpoint,
+    read_tensor,
+    without_votes,
+    write_checkpoint,
+)
 from prime_checkpoint import CheckpointError, changed_tensors, load_checkpoint, save_checkpoint, walk_tensors
-from prime_pack import Pack, PackError
+from prime_pack import Pack, PackError, PackWriter
 from qwen_prime_wrapper import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,3 +179,42 @@ def test_content_against_the_contract_is_refused(imported: Path, tmp_path: Path,
         rewrite_header(tmp_path / "x.prime", change)
         with pytest.raises(CheckpointError):
             read_checkpoint(tmp_path / "x.prime")
+
+
+@pytest.mark.parametrize("lie", [None, "rows", "columns", "type"])
+def test_parts_of_another_size_are_refused_before_they_are_decoded(tmp_path: Path, lie: str | None) -> None:
+    table = manifolds.build("prime-harmonic")
+    weights = torch.randn(20, 24, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16).float()
+    scale = kernels.row_scales(weights, 1.25)
+    indices = kernels.snap(weights, scale, table)[0]
+    indices[3] += 1
+    parts = _split_by_origin(indices, scale, table)
+    assert parts is not None and len(parts[2]) > 0
+    with PackWriter(tmp_path / "x", "checkpoint") as writer:
+        for label, part in zip(("rows", "words", "rest"), parts, strict=True):
+            writer.add(f"g:{label}", part)
+
+    def change(header: dict) -> dict:
+        words = next(s for s in header["sections"] if s["name"] == "g:words")
+        out, width = words["shape"]
+        words.update({"rows": {"shape": [out + 1, width]}, "columns": {"shape": [out, 1]}}.get(lie, {"dtype": "int64"}))
+        return header
+
+    if lie is None:
+        assert torch.equal(_join_by_origin(Pack(tmp_path / "x"), "g", scale, table), indices)
+        return
+    pack = Pack(rewrite_header(tmp_path / "x", change))
+    with pytest.raises(PackError, match="do not fit together"):
+        _join_by_origin(pack, "g", scale, table)
+
+
+def test_a_tensor_stands_once_in_a_tree(imported: Path, tmp_path: Path) -> None:
+    """A file that names one tensor a thousand times would take the memory of a thousand."""
+    write_checkpoint(load_checkpoint(imported), tmp_path / "x")
+
+    def twice(header: dict) -> dict:
+        header["content"]["train_state"]["again"] = header["content"]["model"]["model.norm.weight"]
+        return header
+
+    with pytest.raises(PackError, match=r"norm\.weight' stands in it twice"):
+        read_checkpoint(rewrite_header(tmp_path / "x", twice))

@@ -176,6 +176,35 @@ def test_a_header_that_claims_to_be_huge_is_refused(tmp_path: Path) -> None:
             Pack(path)
 
 
+def test_a_small_file_claims_no_more_than_it_can_hold(tmp_path: Path) -> None:
+    """Zeros pack to nothing: eight megabytes of sections would be sixteen gigabytes. The moves of a patch are measured
+    by what they move."""
+
+    def claim(*sections: tuple[str, int]) -> Any:
+        def change(header: dict[str, Any]) -> dict[str, Any]:
+            words = next(s for s in header["sections"] if s["name"] == "words")
+            named = [{**words, "name": name, "shape": [1 << 10, size >> 11]} for name, size in sections]
+            return {**header, "sections": named}
+
+        return change
+
+    most = 1 << 28
+    for kind, sections, words in (
+        (
+            "checkpoint",
+            (("a", most), ("b", 1 << 11)),
+            "claims 268,437,504 bytes of tensors, expected at most 268,435,456",
+        ),
+        ("checkpoint", (("moved/a", most), ("b", 1 << 11)), "made to fill memory"),
+        ("patch", (("moved/a", most), ("b", most), ("c", 1 << 11)), "made to fill memory"),
+        ("patch", (("moved/a", 1 << 33),), "claims 8,589,934,592 bytes"),
+    ):
+        with pytest.raises(PackError, match=words):
+            Pack(rewrite_header(write(tmp_path / "x", kind=kind), claim(*sections)))
+    Pack(rewrite_header(write(tmp_path / "x", kind="patch"), claim(("moved/a", 1 << 31), ("moved/b", 1 << 31))))
+    Pack(rewrite_header(write(tmp_path / "x", kind="checkpoint"), claim(("a", most))))
+
+
 def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

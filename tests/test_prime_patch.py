@@ -123,6 +123,25 @@ def test_damage_is_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
         apply_patch(base, pair[0])
 
 
+def test_moves_of_another_size_are_refused_before_they_are_decoded(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.grid.indices"
+
+    def larger(header: dict[str, Any]) -> dict[str, Any]:
+        move = next(s for s in header["sections"] if s["name"] == f"moved/model/{name}")
+        move["shape"] = [1 << 14, 1 << 15]
+        return header
+
+    def by_itself(header: dict[str, Any]) -> dict[str, Any]:
+        header["content"]["new"]["tree"]["model"][name] = {"$tensor": f"moved/model/{name}"}
+        return header
+
+    base = load_checkpoint(pair[0])
+    for number, (change, words) in enumerate(((larger, "does not fit its tensor"), (by_itself, "no tensor by itself"))):
+        patch = rewrite_header(make(pair, tmp_path / str(number)), change)
+        with pytest.raises(PatchError, match=words):
+            apply_patch(base, patch)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(["int16", "float32"]).flatmap(
