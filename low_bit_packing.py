@@ -112,6 +112,8 @@ def low_bit_grids(
         grad_accum=settings.grad_accum,
         lr=settings.heal_lr,
         warmup=max(1, settings.heal // 10),
+        # The packed grids vote on the table that the checkpoint's own are on.
+        vote_rule="compact" if checkpoint["manifold"]["vote_bits"] else "momentum",
         gradient_checkpointing=False,
         seed=settings.seed,
         device=str(model.device),

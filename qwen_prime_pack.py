@@ -32,6 +32,7 @@ import gguf_export
 import hf_export
 import prime_cli
 import prime_hf
+from ballots import RuleError
 from dense_weights import ExportError, open_dense
 from ghost_grid import GhostError
 from low_bit import LowBitError
@@ -47,7 +48,7 @@ from whole_output import refuse_existing, refuse_folder, write_whole
 
 log = logging.getLogger("pack")
 
-ERRORS = (CheckpointError, ModelError, ExportError, LowBitError, DataError, GhostError, TrainError, OSError)
+ERRORS = (CheckpointError, ModelError, ExportError, LowBitError, DataError, GhostError, RuleError, TrainError, OSError)
 """Those whose message is meant for the user."""
 
 

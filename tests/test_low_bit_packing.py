@@ -13,6 +13,7 @@ import prime_cli
 import qwen_prime_eval
 import qwen_prime_pack as script
 import verify_qwen_prime
+from ballots import RuleError
 from ghost_core import grids_of
 from low_bit_packing import LowBitSettings, low_bit_grids, weights_of
 from packed_checkpoint import low_bit_grid, read_checkpoint, write_low_bit
@@ -105,6 +106,19 @@ def test_healing_keeps_what_it_learned_of_norms(checkpoint: Path, texts: Path, t
     assert json.loads((tmp_path / "j").read_text())["bits per weight, model"] <= 4
     before, after = load_checkpoint(checkpoint)["model"], read_checkpoint(packed)["model"]
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_a_compact_checkpoint_is_healed_on_its_own_table(texts: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Its rule is not the default one, which refused the model when everything else was done."""
+    compact, packed = tmp_path / "compact.pt", tmp_path / "x"
+    import_source(checkpoint.parent / "source", compact, manifold="compact")
+    arguments = ("--data", texts, "--heal", "2", "--seq-len", "64", "--calibration-tokens", "512")
+    assert run("pack", compact, "--bits", "4", *arguments, "--output", packed) == 0
+    before, after = load_checkpoint(compact)["model"], read_checkpoint(packed)
+    assert after["manifold"]["name"] == "compact" and not torch.equal(
+        before["model.norm.weight"], after["model"]["model.norm.weight"]
+    )
+    assert issubclass(RuleError, script.ERRORS)
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(
