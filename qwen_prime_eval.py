@@ -44,7 +44,7 @@ from prime_checkpoint import CheckpointError
 from prime_device import DeviceError, check_device, is_out_of_memory
 from qwen_prime_wrapper import ModelError, load_model, mean_answer_loss
 from text_records import DataError, read_records
-from training_data import DataSettings, open_data
+from training_data import DataSettings, open_data, revisions_of
 from whole_output import write_whole
 
 log = logging.getLogger("eval")
@@ -163,7 +163,7 @@ def held_out_of(run: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedS
             f"{path} does not say what the run reads ({type(error).__name__}: {error}): expected the folder of a run "
             "of qwen_prime_train.py"
         ) from error
-    found = open_data(*arguments)
+    found = open_data(*arguments, revisions=revisions_of(run))
     log.info(found.summary)
     if found.held is None:
         raise DataError(f"{run} holds out nothing: score a file with --data")

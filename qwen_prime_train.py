@@ -52,7 +52,7 @@ from qwen_prime_wrapper import (
 )
 from run_folder import RunFolder, RunLocked, run_name
 from text_records import DataError
-from training_data import DataSettings, TrainingData, open_data
+from training_data import DataSettings, TrainingData, open_data, revisions_of
 from training_recipe import TrainError
 from training_session import RunSettings, Session
 from vote_trainer import VoteTrainer
@@ -97,9 +97,10 @@ class TrainConfig(DataSettings, RunSettings, RunFiles):
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """The run's documents, encoded with the checkpoint's tokenizer."""
-    assert config.data is not None, "checked by the config"
-    found = open_data(config.data, config.eval_data, tokenizer, config.seq_len, config, config.seed)
+    """The run's documents, encoded with the checkpoint's tokenizer; those of the hub as they were when it began."""
+    assert config.data is not None and config.output_dir is not None, "checked by the config"
+    revisions = revisions_of(config.output_dir) if config.resume else {}
+    found = open_data(config.data, config.eval_data, tokenizer, config.seq_len, config, config.seed, revisions)
     log.info(found.summary)
     return found
 
@@ -285,6 +286,7 @@ def train(config: TrainConfig, folder: RunFolder) -> Path:
         **asdict(config),
         "lr": trainer.recipe.lr,
         "started_from": source,
+        "revisions": data.revisions,
         "created_by": created_by("qwen_prime_train.py"),
         "backend": trainer.backend,
         "memory_total_bytes": memory_total(config.device),

@@ -17,8 +17,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from answer_masks import (
     what_was_cut,
 )
 from packed_batches import Blocks, OneBlock, recut
+from prime_telemetry import CONFIG
 from record_streams import DatasetId, FileRows, HubRows, Prefetched, RowStream, StreamBlocks, parse_source
 from text_records import DataError, Record, RecordSet, drawn, list_files, prompt_key, read_records
 from token_files import read_tokens, write_tokens
@@ -86,11 +87,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Documents to learn, documents to score (None where there are none), and lines for the log."""
+    """Documents to learn, documents to score (None where there are none), lines for the log, and the revisions of the
+    datasets that were opened, by the ids that were given."""
 
     blocks: Blocks
     held: EncodedSet | None
     summary: str
+    revisions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,22 +115,25 @@ def open_data(
     seq_len: int,
     settings: DataSettings,
     seed: int = 0,
+    revisions: Mapping[str, str] | None = None,
 ) -> TrainingData:
     """Open what ``--data`` and ``--eval-data`` name.
 
     Files that ``--eval-data`` names are not learned, and of data that are read whole neither are records that it holds,
-    by their prompt or their key.
+    by their prompt or their key. ``revisions``: those to open of datasets, by the ids given; by default the newest of
+    what an id names.
 
     Raises:
         DataError: data that cannot be read or used; no target left in what ``--eval-data`` names.
     """
     source = parse_source(data)
-    asked = None if eval_data is None else _open_held(eval_data, tokenizer, seq_len, settings)
+    opened = dict(revisions or {})
+    asked = None if eval_data is None else _open_held(eval_data, tokenizer, seq_len, settings, opened)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
         _refuse_what_shards_settle(source, settings, asked is None or not asked.marks)
         found = _open_shards(source, tokenizer, seq_len, seed)
     elif isinstance(source, DatasetId):
-        rows = HubRows(source, settings.split, shuffle=True, seed=seed)
+        rows = _hub_rows(source, settings.split, opened, shuffle=True, seed=seed)
         found = _open_stream(rows, tokenizer, seq_len, settings, asked is None)
     elif (files := _files_to_learn(source, asked, settings)).bytes > STREAM_BYTES:
         # Rows of a dataset are all of the split that was asked for; those of a file may say of which they are.
@@ -135,9 +141,28 @@ def open_data(
         found = _open_stream(files, tokenizer, seq_len, settings, asked is None, **splits)
     else:
         found = _open_files(files, source, tokenizer, seq_len, settings, asked)
+    found = replace(found, revisions=opened)
     if asked is None:
         return found if settings.hold_out == 0 else _with_a_word_on_few(found)
-    return TrainingData(found.blocks, asked.held, f"{found.summary}\n{asked.summary}")
+    return replace(found, held=asked.held, summary=f"{found.summary}\n{asked.summary}")
+
+
+def _hub_rows(source: DatasetId, split: str, opened: dict[str, str], *, shuffle: bool, seed: int = 0) -> HubRows:
+    """Rows of a dataset, at the revision in ``opened`` (mutated) if one is there: an id may name none, or a branch."""
+    pinned = replace(source, revision=opened.get(str(source), source.revision))
+    rows = HubRows(pinned, split, shuffle=shuffle, seed=seed)
+    if rows.about["revision"] is not None:
+        opened[str(source)] = rows.about["revision"]
+    return rows
+
+
+def revisions_of(run: Path) -> dict[str, str]:
+    """The revisions that a run's datasets had when it began, as its ``config.json`` says; none where it does not."""
+    try:
+        found = json.loads((run / CONFIG).read_text(encoding="utf-8"))["revisions"]
+        return {str(name): str(revision) for name, revision in found.items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _refuse_what_shards_settle(folder: Path, settings: DataSettings, only_shards: bool) -> None:
@@ -210,7 +235,13 @@ def _marked(summary: str) -> str:
     return summary.replace("data: ", "held out: ")
 
 
-def _open_held(data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, settings: DataSettings) -> _Asked:
+def _open_held(
+    data: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    settings: DataSettings,
+    opened: dict[str, str],
+) -> _Asked:
     source = parse_source(data)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
         held = _valid_of(source, _manifest_of(source, tokenizer), seq_len)
@@ -218,7 +249,7 @@ def _open_held(data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: in
             raise DataError(f"{source} has no shards of the split valid, expected some in --eval-data")
         return _Asked(_with_a_target(held, source), f"held out: {len(held):,} documents of the shards in {source}")
     if isinstance(source, DatasetId):
-        rows = HubRows(source, settings.eval_split, shuffle=False)
+        rows = _hub_rows(source, settings.eval_split, opened, shuffle=False)
         limited = _blocks_of(rows, tokenizer, seq_len, settings, rows_per_block=HELD_OUT_MOST)
         parts = limited.parts(0, 0)
         if parts is None or not parts[0].records:

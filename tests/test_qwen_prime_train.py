@@ -34,7 +34,7 @@ import training_session
 import verify_qwen_prime as verify
 from prime_checkpoint import check_file, load_checkpoint, save_checkpoint, tensor_sha256, walk_tensors
 from prime_telemetry import read_lines
-from qwen_prime_wrapper import model_from_checkpoint, model_tensors
+from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +160,37 @@ def test_a_stream_resumes_bit_for_bit(
     one, other = (load_checkpoint(tmp_path / f / "prime-harmonic_prime_step_4.pt") for f in ("whole", "parts"))
     assert one["sha256"] == other["sha256"]
     assert one["train_state"]["data"] == other["train_state"]["data"]
+
+
+def test_a_dataset_of_the_hub_stays_at_the_revision_that_the_run_began_with(
+    quick: train.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    head = ["a" * 40]
+
+    def info(self: Any, name: str, revision: str | None = None) -> Any:
+        return types.SimpleNamespace(sha=revision or head[0], card_data=None)
+
+    def load(name: str, config: Any, *, split: str, revision: str, streaming: bool) -> Any:
+        rows = [{"text": f"{split} {revision[0]} {i} " * (2 + i % 5)} for i in range(40)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    config = replace(quick, data="owner/set", eval_data="owner/scored", block_rows=15)
+    assert train.main(replace(config, output_dir=tmp_path / "whole")) == 0
+    run = tmp_path / "parts"
+    stop_after(2, replace(config, output_dir=run))
+    head[0] = "b" * 40
+    assert train.main(replace(config, output_dir=run, resume=True)) == 0
+    one, other = (load_checkpoint(tmp_path / f / "prime-harmonic_prime_step_4.pt") for f in ("whole", "parts"))
+    assert one["sha256"] == other["sha256"]
+    assert one["train_state"]["held_out"] == other["train_state"]["held_out"]
+    held, _ = evaluation.held_out_of(run, tokenizer_from_checkpoint(other))
+    assert held.fingerprint == other["train_state"]["held_out"]
 
 
 def test_the_rate_that_was_not_given_is_recorded(quick: train.TrainConfig) -> None:

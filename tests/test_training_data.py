@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,47 @@ def test_a_dataset_of_the_hub(tokenizer: Any, tmp_path: Path, hub: Any) -> None:
     assert scored.held is not None and len(scored.held) == 30
     with pytest.raises(DataError, match="Bad split"):
         opened("owner/set", tokenizer, tmp_path / "cache", eval_data="owner/set", eval_split="test")
+
+
+def test_a_revision_that_was_opened_can_be_opened_again(
+    tokenizer: Any,
+    tmp_path: Path,
+    hub: Any,  # noqa: F811
+    monkeypatch: Any,
+) -> None:
+    import huggingface_hub
+
+    head = ["a" * 40]
+
+    def info(self: Any, name: str, revision: str | None = None) -> Any:
+        return SimpleNamespace(sha=revision or head[0], card_data=None)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+
+    def run(data: str, eval_data: str | None = None, **more: Any) -> tuple[Any, set[str]]:
+        settings = DataSettings(hold_out=0.0, eval_split="train")
+        hub.clear()
+        return open_data(data, eval_data, tokenizer, 64, settings, **more), {load["revision"] for load in hub}
+
+    first, asked = run("owner/set", "owner/other")
+    assert asked == {"a" * 40} and first.revisions == dict.fromkeys(("owner/set", "owner/other"), "a" * 40)
+    head[0] = "b" * 40
+    later, asked = run("owner/set", "owner/other", revisions=first.revisions)
+    assert asked == {"a" * 40} and later.revisions == first.revisions
+    assert later.blocks.fingerprint == first.blocks.fingerprint
+    moved, asked = run("owner/set", "owner/other")
+    assert asked == {"b" * 40} and moved.blocks.fingerprint != first.blocks.fingerprint
+    _, asked = run("owner/set@" + "c" * 40, revisions=first.revisions)
+    assert asked == {"c" * 40}
+    _, asked = run("owner/set@main", revisions={"owner/set@main": "d" * 40})
+    assert asked == {"d" * 40}, "a branch moves, too"
+
+
+def test_revisions_of_a_run(tmp_path: Path) -> None:
+    assert training_data.revisions_of(tmp_path) == {}
+    for text, found in (("{", {}), ("[]", {}), ("{}", {}), ('{"revisions": {"a/b": "c"}}', {"a/b": "c"})):
+        (tmp_path / "config.json").write_text(text)
+        assert training_data.revisions_of(tmp_path) == found
 
 
 def test_settings_are_checked() -> None:
