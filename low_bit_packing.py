@@ -52,8 +52,10 @@ class LowBitSettings:
     """Of the order of --data and of the rounding while healing."""
 
     def __post_init__(self) -> None:
-        if self.bits is None and (self.data is not None or self.heal or self.group):
-            raise ValueError("data, group and heal are for --bits; without it packing is lossless")
+        given = [f.name for f in fields(LowBitSettings) if f.name != "bits" and getattr(self, f.name) != f.default]
+        if self.bits is None and given:
+            names = ", ".join(name.replace("_", "-") for name in given)
+            raise ValueError(f"{names}: only for --bits; without it packing is lossless")
         if self.bits is not None and not 1.5 <= self.bits <= 9:
             raise ValueError(f"bits is {self.bits}, expected 1.5 to 9; without --bits packing is lossless")
         if self.group not in GROUPS:

@@ -44,7 +44,7 @@ from prime_patch import adapter_bytes, apply_patch, write_patch
 from qwen_prime_wrapper import ModelError
 from text_records import DataError
 from training_recipe import TrainError
-from whole_output import refuse_existing, refuse_folder, write_whole
+from whole_output import OutputError, refuse_existing, refuse_folder, write_whole
 
 log = logging.getLogger("pack")
 
@@ -65,7 +65,7 @@ class PackConfig(LowBitSettings):
     json: Path | None = None
     """Also write the sizes as JSON."""
     force: bool = False
-    """Replace the output file if it exists."""
+    """Replace the output file, and that of --json, if they exist."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class InspectConfig:
     """Packed file or patch."""
     json: Path | None = None
     """Also write a line for each tensor as JSON."""
+    force: bool = False
+    """Replace the file of --json if it exists."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class DiffConfig:
     json: Path | None = None
     """Also write the sizes as JSON."""
     force: bool = False
-    """Replace the output file if it exists."""
+    """Replace the output file, and that of --json, if they exist."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,16 @@ PackScriptConfig = (
 """One dataclass for each sub-command."""
 
 
+def _refuse_report(path: Path | None, force: bool, *others: Path) -> None:
+    """Raise unless the file of --json may be written; ``others`` are what the command reads and writes, which no
+    --force gives up for it."""
+    if path is None:
+        return
+    if path.resolve() in [other.resolve() for other in others]:
+        raise OutputError(f"{path} is what the command reads or writes: choose another --json")
+    refuse_existing(path, force, "--json")
+
+
 def _report(lines: dict[str, Any], path: Path | None) -> None:
     for name, value in lines.items():
         print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
@@ -181,6 +193,7 @@ def _report(lines: dict[str, Any], path: Path | None) -> None:
 def pack(config: PackConfig) -> int:
     """Write the packed file and say what it weighs."""
     refuse_existing(config.output, config.force)
+    _refuse_report(config.json, config.force, config.checkpoint, config.output)
     checkpoint = load_checkpoint(config.checkpoint)
     if config.bits is not None:
         grids, checkpoint, notes = low_bit_grids(checkpoint, config)
@@ -207,6 +220,7 @@ def pack(config: PackConfig) -> int:
 
 def inspect(config: InspectConfig) -> int:
     """Decode and encode every tensor again, and print the largest and the totals."""
+    _refuse_report(config.json, config.force, config.packed)
     packed = Pack(config.packed)
     measured = [measure_section(packed, name) for name in packed.sections]
     largest = sorted(measured, key=lambda line: -line["bytes"])[:12]
@@ -237,6 +251,7 @@ def unpack(config: UnpackConfig) -> int:
 def diff(config: DiffConfig) -> int:
     """Write the patch and say what it weighs beside the checkpoint and an adapter."""
     refuse_existing(config.output, config.force)
+    _refuse_report(config.json, config.force, config.base, config.new, config.output)
     files = check_file(config.base), check_file(config.new)
     base, new = (load_checkpoint(path, check_hash=False) for path in (config.base, config.new))
     write_patch(base, new, config.output, files, votes=config.votes)

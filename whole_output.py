@@ -20,8 +20,8 @@ class OutputError(OSError):
     """An output that exists already, or cannot be written."""
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise unless ``path`` may be written.
+def refuse_existing(path: Path, force: bool, flag: str = "--output") -> None:
+    """Raise unless ``path``, which the command names with ``flag``, may be written.
 
     Raises:
         OutputError: it exists and ``force`` is off, or its parent folder does not exist.
@@ -29,7 +29,7 @@ def refuse_existing(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is no folder: cannot write {path.name} there")
     if path.exists() and not force:
-        raise OutputError(f"{path} exists: choose another --output, or --force to replace it")
+        raise OutputError(f"{path} exists: choose another {flag}, or --force to replace it")
 
 
 @contextlib.contextmanager

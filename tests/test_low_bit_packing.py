@@ -136,6 +136,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert "expected 1.5 to 9" in refused("--bits", 16, code=2)
     assert "--data" in refused("--bits", 4, "--heal", 5, code=2)
     assert "lossless" in refused("--group", 32, code=2)
+    for flag, value in (("--table", "compact"), ("--heal-lr", 0.01), ("--calibration-tokens", 9), ("--seed", 1)):
+        assert f"{flag[2:]}: only for --bits" in refused(flag, value, code=2)
+    assert "seq-len, grad-accum: only for --bits" in refused("--seq-len", 64, "--grad-accum", 2, code=2)
 
 
 def test_damage_is_found(checkpoint: Path, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object
 def test_pack_and_unpack(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for path in pair:
         packed, back = tmp_path / f"{path.stem}.prime", tmp_path / f"{path.stem}.pt"
-        assert run("pack", path, "--output", packed, "--json", tmp_path / "sizes.json") == 0
-        assert json.loads((tmp_path / "sizes.json").read_text())["packed, bytes"] == packed.stat().st_size
+        assert run("pack", path, "--output", packed, "--json", tmp_path / f"{path.stem}.json") == 0
+        assert json.loads((tmp_path / f"{path.stem}.json").read_text())["packed, bytes"] == packed.stat().st_size
         assert run("unpack", packed, "--output", back) == 0
         assert back.read_bytes() == path.read_bytes()
 
@@ -110,6 +110,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert issubclass(CheckpointError, script.ERRORS)
 
 
+@pytest.mark.parametrize("command", ["pack", "diff", "inspect"])
+def test_a_report_replaces_nothing_unasked(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """Least of all the checkpoint, whatever --force says; and that is found before any work."""
+    base, kept = tmp_path / "base.pt", tmp_path / "kept.json"
+    base.write_bytes(pair[0].read_bytes())
+    kept.write_text("mine")
+    arguments: list[object] = [command, base, *([pair[1]] if command == "diff" else [])]
+    arguments += [] if command == "inspect" else ["--output", tmp_path / "x"]
+    said = refused(capsys, tmp_path, *arguments, "--json", kept)
+    assert "kept.json exists: choose another --json, or --force" in said and kept.read_text() == "mine"
+    for taken in [base] if command == "inspect" else [base, tmp_path / "x", tmp_path / "." / "base.pt"]:
+        for flags in ([], ["--force"]):
+            assert "reads or writes" in refused(capsys, tmp_path, *arguments, "--json", taken, *flags)
+    assert base.read_bytes() == pair[0].read_bytes()
+
+
 def test_inspect_says_what_is_in_a_file(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +135,7 @@ def test_inspect_says_what_is_in_a_file(
     assert run("pack", base, "--output", tmp_path / "x") == 0
     assert run("diff", base, new, "--output", tmp_path / "p") == 0
     for file, kind in (("x", "checkpoint"), ("p", "patch")):
-        assert run("inspect", tmp_path / file, "--json", tmp_path / "r.json") == 0
+        assert run("inspect", tmp_path / file, "--json", tmp_path / "r.json", "--force") == 0
         report = json.loads((tmp_path / "r.json").read_text())
         packed = Pack(tmp_path / file)
         assert report["kind"] == kind and report["sha256"] == packed.sha256
