@@ -13,6 +13,9 @@ A packed file of kind ``patch``; its content:
 compared. In the trees stand, beside ``$tensor``, {"$same": path} (as the other side has it) and {"$moved": path} (the
 other side's tensor and section ``moved/path``).
 
+What both sides have alike is taken from the given checkpoint, so it is compared with the hash of what was diffed: a
+base of the same weights and another tokenizer or chat template would pass them on unasked, and is refused.
+
 Rejected: identity by file. A second import of the same source has other bytes (a time stamp) and the same weights,
 and a patch should fit it.
 """
@@ -115,10 +118,12 @@ def apply_patch(given: dict[str, Any], path: Path | str, *, revert: bool = False
         given: the base, or with ``revert`` the patched checkpoint; not changed.
 
     Returns:
-        The checkpoint, every bit of it as it was when the patch was made, and the closing hash of its file then.
+        The checkpoint, every tensor and value of it as it was when the patch was made, and the closing hash of its file
+        then.
 
     Raises:
-        PatchError: ``given`` is not what the patch was made from, or the result is not what it was made for.
+        PatchError: ``given`` is not what the patch was made from, in its weights or in anything else that the result
+            takes from it; or the result is not what it was made for.
         PackError: the patch is damaged.
     """
     pack = Pack(path, KIND)
@@ -137,6 +142,7 @@ def apply_patch(given: dict[str, Any], path: Path | str, *, revert: bool = False
         tensors = dict(walk_tensors(given))
         result = unplain(pack.content[end]["tree"], _markers(pack, tensors, revert))
         check_contract(result, str(path))
+        _check_taken(result, tensors, path)
         if weights_digest(result) != pack.content[end]["weights"]:
             raise PatchError(f"{path} is damaged: the weights that it gives are not those that it was made for")
         return result, str(pack.content[end]["file"])
@@ -146,10 +152,34 @@ def apply_patch(given: dict[str, Any], path: Path | str, *, revert: bool = False
         raise PackError(f"{path} is damaged: its content is not understood ({one_line(error)})") from error
 
 
+def _check_taken(result: dict[str, Any], given: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Raise unless every tensor of the result has the hash that it had when the patch was made.
+
+    Raises:
+        PatchError: naming the first that has another.
+    """
+    for name, tensor in walk_tensors(result):
+        if name.startswith("model/") or tensor_sha256(tensor) == result["sha256"].get(name):
+            # The weights have a hash of their own.
+            continue
+        if given.get(name) is not tensor:
+            raise PatchError(f"{path} is damaged: {name} is not what it was when the patch was made")
+        file = name.removeprefix("tokenizer/files/")
+        what = name if file == name else f"its {file}"
+        raise PatchError(
+            f"{path} does not belong to this checkpoint: the weights are those that it was made from, {what} is "
+            "another; give the checkpoint that was compared, or make the patch anew with qwen_prime_pack.py diff"
+        )
+
+
 def _markers(pack: Pack, tensors: dict[str, torch.Tensor], revert: bool) -> dict[str, Callable[[Any], Any]]:
     def same(name: str) -> torch.Tensor:
         if name not in tensors:
-            raise PatchError(f"{pack.path} needs {name}, which the given checkpoint does not have")
+            file = name.removeprefix("tokenizer/files/")
+            raise PatchError(
+                f"{pack.path} does not belong to this checkpoint: it has no {file}, which the one that the patch was "
+                "made from has"
+            )
         return tensors[name]
 
     def own(name: str) -> torch.Tensor:

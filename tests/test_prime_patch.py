@@ -68,6 +68,33 @@ def test_other_bases_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> Non
         apply_patch(load_checkpoint(pair[0]), patch, revert=True)
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer.json"])
+def test_a_base_with_another_tokenizer_is_refused(pair: tuple[Path, Path], tmp_path: Path, file: str) -> None:
+    """The same weights from another import: what it says of texts would be taken over without a word."""
+
+    def template(content: dict[str, Any]) -> None:
+        content["tokenizer"]["files"][file] = torch.frombuffer(bytearray(b"{{ 1 }}"), dtype=torch.uint8)
+
+    def bare(content: dict[str, Any]) -> None:
+        del content["tokenizer"]["files"][file]
+
+    with_file = [plant(path, tmp_path / path.name, template) for path in pair]
+    patch = make((with_file[0], with_file[1]), tmp_path / "p")
+
+    def other(content: dict[str, Any]) -> None:
+        content["tokenizer"]["files"][file][3] = ord("2")
+
+    changed = load_checkpoint(plant(with_file[0], tmp_path / "other.pt", other))
+    assert weights_digest(changed) == weights_digest(load_checkpoint(pair[0]))
+    with pytest.raises(PatchError, match=f"weights are those that it was made from, its {file} is another"):
+        apply_patch(changed, patch)
+    with pytest.raises(PatchError, match=f"has no {file}"):
+        apply_patch(load_checkpoint(plant(with_file[0], tmp_path / "bare.pt", bare)), patch)
+    for start, revert, wanted in ((with_file[0], False, with_file[1]), (with_file[1], True, with_file[0])):
+        result, _ = apply_patch(load_checkpoint(start), patch, revert=revert)
+        assert torch.equal(result["tokenizer"]["files"][file], load_checkpoint(wanted)["tokenizer"]["files"][file])
+
+
 def test_a_second_import_of_the_same_source_is_the_same_base(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
