@@ -7,6 +7,7 @@ numbers, tensor names, vocabulary, merges, special tokens, chat template.
 The format names a pre-tokenizer instead of describing it, and a wrong name tokenizes wrongly without a word. So the
 name is found from the tokenizer's own regular expression, and one that has no name is refused. What the format cannot
 say at all is the NFC normalization that Qwen tokenizers begin with: text that is not NFC tokenizes differently there.
+Any other normalization would change ordinary text, and is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dense_weights import DenseSource, DenseWeight, ExportError
-from qwen_prime_wrapper import parse_config, tokenizer_from_checkpoint
+from qwen_prime_wrapper import parse_config, parse_generation, tokenizer_from_checkpoint
 from whole_output import new_file
 
 log = logging.getLogger("export")
@@ -69,6 +70,21 @@ def pre_tokenizer_name(description: dict[str, Any]) -> str:
     return "qwen2"
 
 
+def check_normalizer(description: dict[str, Any]) -> None:
+    """Raise unless a parsed tokenizer.json normalizes text by NFC at most.
+
+    Raises:
+        ExportError: it does something else, which GGUF cannot say.
+    """
+    normalizer = description.get("normalizer") or {"type": "NFC"}
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    if odd := [step["type"] for step in steps if step["type"] != "NFC"]:
+        raise ExportError(
+            f"the tokenizer normalizes text by {odd[0]}, expected NFC or nothing, GGUF cannot say it: export --to hf "
+            "instead"
+        )
+
+
 def _vocabulary(description: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Token texts and GGUF token types of ids 0 to ``size`` - 1; ids that the tokenizer lacks are unused."""
     import gguf
@@ -85,8 +101,8 @@ def _vocabulary(description: dict[str, Any], size: int) -> tuple[list[str], list
 
 def _end_of_answer(source: DenseSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids at which the model stops, the first being the one to name as end of sequence."""
-    generation = json.loads(source.files.get("generation_config.json", b"{}"))
-    for ids in (generation.get("eos_token_id"), source.config.get("eos_token_id"), tokenizer.eos_token_id):
+    generation = parse_generation(source.files.get("generation_config.json", b"{}"), "the checkpoint's")
+    for ids in (generation.eos_token_id, source.config.get("eos_token_id"), tokenizer.eos_token_id):
         if ids is not None:
             return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
     return []
@@ -95,6 +111,7 @@ def _end_of_answer(source: DenseSource, tokenizer: PreTrainedTokenizerBase) -> l
 def _add_tokenizer(writer: Any, source: DenseSource) -> None:
     tokenizer = tokenizer_from_checkpoint(source.checkpoint)
     description = json.loads(tokenizer.backend_tokenizer.to_str())
+    check_normalizer(description)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(description))
     tokens, kinds = _vocabulary(description, source.config["vocab_size"])
@@ -139,6 +156,10 @@ def _add_architecture(writer: Any, source: DenseSource, kind: str) -> None:
             f"the model has rope type {rope.get('rope_type')!r}, sliding window {config.use_sliding_window}: --to gguf "
             "writes default rope and full attention only; export --to hf instead"
         )
+    if config.hidden_act != "silu":
+        raise ExportError(f"the model's hidden_act is {config.hidden_act!r}, GGUF means silu: export --to hf instead")
+    if source.config["model_type"] == "qwen3" and config.attention_bias:
+        raise ExportError("the model has attention_bias, which qwen3 has no place for in GGUF: export --to hf instead")
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type("model")
     writer.add_name(str(source.checkpoint["source"].get("id") or source.path.stem).rstrip("/").rsplit("/", 1)[-1])

@@ -40,6 +40,7 @@ from qwen_prime_wrapper import (
     locate_source,
     manifold_record,
     pack_tokenizer,
+    parse_generation,
     source_name,
 )
 from vote_units import KernelError
@@ -260,6 +261,9 @@ def convert(source: Source, config: ImportConfig) -> tuple[dict[str, Any], dict[
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     check_tensors(source, wanted, tied)
     tokenizer = load_tokenizer(source.folder)
+    companions = pack_tokenizer(source.folder)
+    if (generation := companions.get("generation_config.json")) is not None:
+        parse_generation(generation.numpy().tobytes(), f"{source.folder}:")
     if tokenizer.chat_template is None:
         log.warning("the tokenizer has no chat template: this model can learn texts, but no conversations")
     if len(tokenizer) > model.config.vocab_size:
@@ -304,7 +308,7 @@ def convert(source: Source, config: ImportConfig) -> tuple[dict[str, Any], dict[
         "version": VERSION,
         "stage": "init",
         "hf_config": source.hf_config,
-        "tokenizer": {"source": source.id, "files": pack_tokenizer(source.folder)},
+        "tokenizer": {"source": source.id, "files": companions},
         "manifold": manifold_record(manifold),
         "model": tensors,
         "probes": probes,

@@ -317,11 +317,22 @@ def model_from_checkpoint(checkpoint: dict[str, Any], *, copy: bool = True) -> P
     assign_tensors(model, checkpoint["model"], copy=copy)
     generation = checkpoint["tokenizer"]["files"].get("generation_config.json")
     if generation is not None:
-        try:
-            model.generation_config = GenerationConfig.from_dict(json.loads(generation.numpy().tobytes()))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"the checkpoint's generation_config.json is unusable: {one_line(error)}") from error
+        model.generation_config = parse_generation(generation.numpy().tobytes(), "the checkpoint's")
     return model
+
+
+def parse_generation(data: bytes, whose: str) -> GenerationConfig:
+    """A generation_config.json's content.
+
+    Raises:
+        ModelError: no JSON object, or fields that transformers refuses.
+    """
+    try:
+        if not isinstance(content := json.loads(data), dict):
+            raise TypeError(f"it holds a {type(content).__name__}, expected a JSON object")
+        return GenerationConfig.from_dict(content)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{whose} generation_config.json is unusable: {one_line(error)}") from error
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

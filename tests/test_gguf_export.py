@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import dense_weights
 import qwen_prime_pack as pack
 from dense_weights import ExportError, open_dense
-from gguf_export import PRE_TOKENIZERS, export_gguf, pre_tokenizer_name
+from gguf_export import PRE_TOKENIZERS, check_normalizer, export_gguf, pre_tokenizer_name
 from qwen_prime_wrapper import load_model
 from whole_output import OutputError
 
@@ -158,6 +158,18 @@ def test_the_pre_tokenizer_has_a_name_or_is_refused(caplog: pytest.LogCaptureFix
             pre_tokenizer_name(describe(pre))
 
 
+def test_normalizers_beside_nfc_are_refused() -> None:
+    plain = describe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    for good in (None, normalizers.NFC(), normalizers.Sequence([normalizers.NFC()])):
+        check_normalizer({**plain, "normalizer": good and json.loads(good.__getstate__())})
+    for odd, name in (
+        (normalizers.NFKC(), "NFKC"),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), "Lowercase"),
+    ):
+        with pytest.raises(ExportError, match=f"normalizes text by {name}"):
+            check_normalizer({**plain, "normalizer": json.loads(odd.__getstate__())})
+
+
 def test_what_the_format_or_type_does_not_take_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """One line that names the tensor or the reason, and no file."""
 
@@ -167,6 +179,19 @@ def test_what_the_format_or_type_does_not_take_is_refused(checkpoints: dict[str,
     def long_rope(content: dict) -> None:
         content["hf_config"]["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
+    def gelu(content: dict) -> None:
+        content["hf_config"]["hidden_act"] = "gelu"
+
+    def lowered(content: dict) -> None:
+        files = content["tokenizer"]["files"]
+        tokenizer = json.loads(files["tokenizer.json"].numpy().tobytes())
+        tokenizer["normalizer"] = {"type": "Lowercase"}
+        files["tokenizer.json"] = torch.frombuffer(bytearray(json.dumps(tokenizer).encode()), dtype=torch.uint8)
+
+    biased = write_source(tmp_path / "biased", tiny_config("qwen3", attention_bias=True, **TALL))
+    import_source(biased, tmp_path / "biased.pt")
+    gelu_path = plant(checkpoints["qwen2-tied"], tmp_path / "gelu.pt", gelu)
+    lowered_path = plant(checkpoints["qwen2-tied"], tmp_path / "lowered.pt", lowered)
     loud_path = plant(checkpoints["qwen2-tied"], tmp_path / "loud.pt", loud)
     rope_path = plant(checkpoints["qwen2-tied"], tmp_path / "rope.pt", long_rope)
     before = set(tmp_path.iterdir())
@@ -176,6 +201,9 @@ def test_what_the_format_or_type_does_not_take_is_refused(checkpoints: dict[str,
         (loud_path, "F16", r"model\.layers\.1\.mlp\.up_proj\.weight .* float16"),
         (loud_path, "Q8_0", r"model\.layers\.1\.mlp\.up_proj\.weight"),
         (rope_path, "F16", "rope type 'linear'"),
+        (gelu_path, "F16", "hidden_act is 'gelu', GGUF means silu"),
+        (lowered_path, "F16", "normalizes text by Lowercase"),
+        (tmp_path / "biased.pt", "F16", "attention_bias"),
     ):
         with pytest.raises(ExportError, match=words) as error:
             export_gguf(open_dense(path), tmp_path / "model.gguf", type_, False)

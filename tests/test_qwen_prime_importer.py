@@ -428,6 +428,16 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
     return run
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{"])
+def test_generation_settings_that_are_no_object(
+    refuse: Callable[..., str], tiny: Imported, tmp_path: Path, content: str
+) -> None:
+    """Found at the import, not when the model is opened for the first time."""
+    source = shutil.copytree(tiny[0], tmp_path / "source")
+    (source / "generation_config.json").write_text(content)
+    refuse(source, words=["generation_config.json is unusable"])
+
+
 def test_missing_folder(refuse: Callable[..., str], tmp_path: Path) -> None:
     refuse(tmp_path / "none", words=["no such folder", str(tmp_path / "none")])
     (tmp_path / "file").write_text("x", encoding="utf-8")
