@@ -8,7 +8,8 @@ Where an answer starts and stops is measured on the template itself: the convers
 that answer replaced by a marker, and what stands before and after the marker must be a prefix and a suffix of the
 real text. So a template may strip an answer, drop its reasoning or put an empty ``<think>`` block before it (Qwen3):
 what it adds is never learned, what it leaves of the answer is. An answer that changes what stands before it (Qwen3
-with real reasoning) starts where the generation prompt ends. A template that fits neither raises ``DataError``.
+with real reasoning) starts where the generation prompt ends. A conversation that fits neither is a bad row; where none
+fits, it is the template, which raises ``DataError``.
 
 Layout. Documents lie in flat arrays (``EncodedSet``): token ids, a target mask of the same length, and the start of
 each document.
@@ -33,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from harmless_text import harmless
-from text_records import DataError, Messages, Record, RecordSet
+from text_records import BadRow, DataError, Messages, Record, RecordSet, bad_row_error, check_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,11 @@ _AROUND = 400  # characters on either side that prove a border
 _TRIES = 32  # borders that are tried, one after the other
 _SHOWN = 5  # bad rows quoted in a description
 _COLUMNS = 12  # columns named in a description
+_QUOTED = 300  # characters of a conversation's roles quoted in the reason against it
+
+
+class _NotHeld(DataError):
+    """The template cannot hold this conversation; others it may."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class EncodedSet:
     ``input_ids`` int32 (N,) and ``answer`` bool (N,) hold all documents end to end, ``starts`` int64 (D + 1,) their
     borders, ``record`` int64 (D,) the index of the record each came from. The first token of a document is never a
     target: nothing precedes it. ``cut``: conversations longer than ``seq_len``; ``dropped``: those among them that
-    kept no target and were left out; ``split_texts``: plain texts spread over several documents.
+    kept no target and were left out; ``split_texts``: plain texts spread over several documents; ``refused``:
+    conversations that the template cannot hold.
     """
 
     input_ids: np.ndarray
@@ -79,6 +86,7 @@ class EncodedSet:
     cut: int
     dropped: int
     split_texts: int
+    refused: tuple[BadRow, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -127,6 +135,7 @@ class EncodedSet:
             cut=sum(s.cut for s in sets),
             dropped=sum(s.dropped for s in sets),
             split_texts=sum(s.split_texts for s in sets),
+            refused=tuple(bad for s in sets for bad in s.refused),
         )
 
     @cached_property
@@ -150,7 +159,10 @@ def encode_conversation(
     Raises ``DataError`` when there is no answer, no template, no character offsets, or when the template does not
     let the answers be located.
     """
-    ((ids, answer),) = _encode_conversations(tokenizer, [tuple(messages)], last_turn_only)
+    (found,) = _encode_conversations(tokenizer, [tuple(messages)], last_turn_only)
+    if isinstance(found, str):
+        raise DataError(found)
+    ids, answer = found
     return Encoded(ids.tolist(), answer.tolist())
 
 
@@ -171,13 +183,19 @@ def encode_records(
     last_turn_only: bool = False,
     progress: bool = True,
     may_be_empty: bool = False,
+    strict: bool = False,
+    max_bad_share: float = 0.01,
 ) -> EncodedSet:
     """Encode all records, in order, as documents of at most ``seq_len`` tokens.
 
     A longer conversation is cut at ``seq_len``, or dropped where the cut leaves no target. A longer plain text is
     spread over several documents, each beginning with the last token of the one before, so that every token of the
-    text but its first is a target exactly once. ``progress`` shows a bar on a terminal. Raises ``DataError`` as
-    ``encode_conversation`` does, and, unless it ``may_be_empty``, when no document is left.
+    text but its first is a target exactly once. A conversation that the template cannot hold, or whose answers cannot
+    be located in it, is a bad row and left out. ``progress`` shows a bar on a terminal.
+
+    Raises ``DataError`` for a tokenizer that is of no use, as ``encode_conversation`` does; at the first bad row if
+    ``strict``; when more than ``max_bad_share`` of the rows are bad, with those that reading left out; and, unless it
+    ``may_be_empty``, when the template holds no conversation, or no document is left.
     """
     if seq_len < 2:
         raise DataError(f"seq_len is {seq_len}, expected at least 2: a target needs a token before it (--seq-len)")
@@ -185,7 +203,8 @@ def encode_records(
     ids: list[np.ndarray] = []
     answers: list[np.ndarray] = []
     sources: list[int] = []
-    cut = dropped = split_texts = 0
+    refused: list[BadRow] = []
+    cut = dropped = split_texts = conversations = 0
 
     def keep(index: int, tokens: np.ndarray, answer: np.ndarray) -> bool:
         mask = answer.copy()
@@ -199,8 +218,15 @@ def encode_records(
 
     with tqdm(total=len(items), desc="tokenize", unit="rec", disable=None if progress else True) as bar:
         for first, chunk in _chunks(items):
-            for offset, (tokens, answer) in enumerate(_encode_chunk(tokenizer, chunk, last_turn_only)):
+            for offset, found in enumerate(_encode_chunk(tokenizer, chunk, last_turn_only)):
                 index = first + offset
+                conversations += not isinstance(chunk[offset], str)
+                if isinstance(found, str):
+                    refused.append(BadRow(*_place(records, index), found))
+                    if strict:
+                        raise bad_row_error(refused[-1])
+                    continue
+                tokens, answer = found
                 if isinstance(chunk[offset], str):
                     split_texts += len(tokens) > seq_len
                     for start in range(0, max(1, len(tokens) - 1), seq_len - 1):
@@ -209,6 +235,12 @@ def encode_records(
                     cut += len(tokens) > seq_len
                     dropped += not keep(index, tokens[:seq_len], answer[:seq_len])
             bar.update(len(chunk))
+    if refused and len(refused) == conversations and not may_be_empty:
+        raise DataError(refused[0].reason)
+    if refused:
+        bad = [*(records.bad_rows if isinstance(records, RecordSet) else ()), *refused]
+        where = records.files[0] if isinstance(records, RecordSet) else "the records"
+        check_share(bad, len(bad) - len(refused) + len(items), max_bad_share, where)
     if not ids and not may_be_empty:
         raise DataError(
             f"none of {len(items)} records left a target token: {cut} were longer than {seq_len} tokens before their "
@@ -223,7 +255,13 @@ def encode_records(
         cut=cut,
         dropped=dropped,
         split_texts=split_texts,
+        refused=tuple(refused),
     )
+
+
+def _place(records: RecordSet | Sequence[Record], index: int) -> tuple[str, int]:
+    """File and line of a record; where they are not known, its number among the records, from 1."""
+    return records.places[index] if isinstance(records, RecordSet) else ("record", index + 1)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -244,7 +282,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
     """A few lines for the log: format, records, columns not used, tokens, answer tokens, cut, dropped, bad rows."""
     files = record_set.files[0] if len(record_set.files) == 1 else f"{len(record_set.files)} files"
-    lines = [f"data: {len(record_set.records):,} records from {files}, format {record_set.format}"]
+    count = len(record_set.records) - len(encoded.refused)
+    lines = [f"data: {count:,} records from {files}, format {record_set.format}"]
     if record_set.split is not None:
         lines.append(f"data: split {record_set.split}; {record_set.other_splits:,} rows belong to other splits")
     if record_set.ignored:
@@ -255,9 +294,10 @@ def describe(record_set: RecordSet, encoded: EncodedSet) -> str:
         f"({encoded.answer_tokens / max(1, encoded.tokens):.1%})"
     )
     lines += what_was_cut(encoded)
-    if record_set.bad_rows:
-        lines.append(f"data: {len(record_set.bad_rows):,} bad rows")
-    lines += [f"data:   {bad}" for bad in record_set.bad_rows[:_SHOWN]]
+    bad_rows = (*record_set.bad_rows, *encoded.refused)
+    if bad_rows:
+        lines.append(f"data: {len(bad_rows):,} bad rows")
+    lines += [f"data:   {bad}" for bad in bad_rows[:_SHOWN]]
     return "\n".join(lines)
 
 
@@ -303,8 +343,9 @@ def _chunks(items: Sequence[Record]) -> Iterator[tuple[int, Sequence[Record]]]:
 
 def _encode_chunk(
     tokenizer: PreTrainedTokenizerBase, chunk: Sequence[Record], last_turn_only: bool
-) -> Iterator[_Document]:
-    """Encode a mixed chunk with one tokenizer call for its texts and one for its conversations, in order."""
+) -> Iterator[_Document | str]:
+    """Encode a mixed chunk with one tokenizer call for its texts and one for its conversations, in order; of a
+    conversation that the template cannot hold, why."""
     texts = iter(_encode_texts(tokenizer, [r for r in chunk if isinstance(r, str)]))
     conversations = [r.messages for r in chunk if not isinstance(r, str)]
     dialogues = iter(_encode_conversations(tokenizer, conversations, last_turn_only))
@@ -366,23 +407,33 @@ def _border(tokenizer: PreTrainedTokenizerBase, text: str, near: int) -> int | N
 
 def _encode_conversations(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], last_turn_only: bool
-) -> list[_Document]:
+) -> list[_Document | str]:
+    """Documents; of a conversation that the template cannot hold, why."""
     if not conversations:
         return []
     if not tokenizer.is_fast:
         raise DataError(f"{type(tokenizer).__name__} gives no character offsets, expected a fast tokenizer")
-    located = [_locate_answers(tokenizer, messages, last_turn_only) for messages in conversations]
+    located: list[tuple[str, list[tuple[int, int]]] | str] = []
+    for messages in conversations:
+        try:
+            located.append(_locate_answers(tokenizer, messages, last_turn_only))
+        except _NotHeld as error:
+            located.append(str(error))
+    held = [found for found in located if not isinstance(found, str)]
+    if not held:
+        return [found for found in located if isinstance(found, str)]
     batch = tokenizer(
-        [text for text, _ in located],
+        [text for text, _ in held],
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
     )
-    return [
+    documents = (
         (np.array(ids, dtype=np.int32), _mask(offsets, spans))
-        for ids, offsets, (_, spans) in zip(batch["input_ids"], batch["offset_mapping"], located, strict=True)
-    ]
+        for ids, offsets, (_, spans) in zip(batch["input_ids"], batch["offset_mapping"], held, strict=True)
+    )
+    return [found if isinstance(found, str) else next(documents) for found in located]
 
 
 def _locate_answers(
@@ -429,12 +480,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_p
             add_generation_prompt=generation_prompt,
         )
     except jinja2.TemplateError as error:
-        roles = ", ".join(role for role, _ in messages)
-        raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+        roles = ", ".join(role for role, _ in messages)[:_QUOTED]
+        raise _NotHeld(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
 
 
-def _template_error(turn: int, problem: str) -> DataError:
-    return DataError(
+def _template_error(turn: int, problem: str) -> _NotHeld:
+    return _NotHeld(
         f"the chat template {problem} (message {turn}), so the answer cannot be located; expected a ChatML template "
         "as Qwen2.5 and Qwen3 have (tokenizer.chat_template)"
     )

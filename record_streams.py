@@ -215,8 +215,9 @@ class StreamBlocks:
         split, eval_split: which rows to learn and to score, of those that name a split; None: names are not looked at.
         hold_out: share of the records, by their keys, to score instead of learn in blocks whose rows name no split.
 
-    Raises ``DataError`` as ``sort_rows``; bad rows are counted over the whole epoch, and so are records that are
-    dropped because they are too long: where those are many, a warning says so once an epoch.
+    Raises ``DataError`` as ``sort_rows``; bad rows, and conversations that the template cannot hold, are counted over
+    the whole epoch, and so are records that are dropped because they are too long: where those are many, a warning
+    says so once an epoch.
     """
 
     def __init__(
@@ -251,6 +252,7 @@ class StreamBlocks:
         """Of each block of the present epoch: rows examined, bad ones, records encoded, those that were dropped."""
         self._epoch = self._block = 0
         self._warned = False
+        self._made = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -314,10 +316,14 @@ class StreamBlocks:
         if epoch != self._epoch:
             self._epoch, self._counted, self._warned = epoch, {}, False
         self._block, self._counted[number] = number, Counter(rows=rows, bad=len(bad_rows))
+        self._check(bad_rows)
+
+    def _check(self, bad_rows: Sequence[BadRow]) -> None:
+        """Bad rows of the present block that were just counted, beside those of the epoch so far."""
         so_far = self._so_far()
         examined, bad = so_far["rows"], so_far["bad"]
         if bad_rows:
-            log.warning("data: %d bad rows in block %d, first %s", len(bad_rows), number, bad_rows[0])
+            log.warning("data: %d bad rows in block %d, first %s", len(bad_rows), self._block, bad_rows[0])
         if bad > self.max_bad_share * max(examined, _FEW_ROWS):
             raise DataError(
                 f"{self.stream.name}: {bad} of {examined} rows are bad, expected at most {self.max_bad_share:.2%}; the "
@@ -336,8 +342,18 @@ class StreamBlocks:
             last_turn_only=self.last_turn_only,
             progress=False,
             may_be_empty=True,
+            strict=self.strict,
+            max_bad_share=1.0,
         )
-        self._counted.setdefault(self._block, Counter()).update(records=len(records.records), dropped=encoded.dropped)
+        self._made += len(encoded)
+        if encoded.refused and not self._made and len(encoded.refused) == len(records.records):
+            # The template's fault, not that of a row.
+            raise DataError(encoded.refused[0].reason)
+        self._counted.setdefault(self._block, Counter()).update(
+            records=len(records.records), dropped=encoded.dropped, bad=len(encoded.refused)
+        )
+        if encoded.refused:
+            self._check(encoded.refused)
         so_far = self._so_far()
         if so_far["dropped"] > _MUCH_DROPPED * so_far["records"] and not self._warned:
             self._warned = True

@@ -97,7 +97,7 @@ class RecordSet:
     decides its split. ``formats``: those recognised, each with its count. ``bad_rows``: every row left out. ``files``:
     what was read. ``ignored``: files of a folder that have another suffix. ``split``: the split kept, None where no row
     names one. ``other_splits``: rows left to other splits. ``unused``: keys of rows that hold something and are not
-    used, the most frequent first, each with its count.
+    used, the most frequent first, each with its count. ``places``: of each record, its file and line.
     """
 
     records: tuple[Record, ...]
@@ -109,6 +109,7 @@ class RecordSet:
     split: str | None = None
     other_splits: int = 0
     unused: tuple[tuple[str, int], ...] = ()
+    places: tuple[tuple[str, int], ...] = ()
 
     @property
     def format(self) -> str:
@@ -123,7 +124,27 @@ class RecordSet:
 
     def at(self, chosen: Sequence[int]) -> RecordSet:
         """The records of these numbers; what was found beside records stays."""
-        return replace(self, records=tuple(self.records[i] for i in chosen), keys=tuple(self.keys[i] for i in chosen))
+        return replace(
+            self,
+            records=tuple(self.records[i] for i in chosen),
+            keys=tuple(self.keys[i] for i in chosen),
+            places=tuple(self.places[i] for i in chosen),
+        )
+
+
+def bad_row_error(bad: BadRow) -> DataError:
+    """What ``--strict`` says of a row."""
+    return DataError(f"bad row: {bad} (repair it, or read without --strict to leave such rows out)")
+
+
+def check_share(bad: Sequence[BadRow], examined: int, max_bad_share: float, where: str) -> None:
+    """Raise ``DataError`` where more than that share of the examined rows is bad."""
+    if len(bad) > max_bad_share * examined:
+        quoted = "; ".join(str(b) for b in bad[:_SHOWN])
+        raise DataError(
+            f"{where}: {len(bad)} of {examined} rows are bad, expected at most {max_bad_share:.2%}; the first: {quoted}"
+            ". Repair the data, or allow a larger share with --max-bad-share"
+        )
 
 
 def drawn(key: str, share: float) -> bool:
@@ -185,7 +206,7 @@ def sort_rows(
     def refuse(row: Row, reason: str) -> None:
         bad.append(BadRow(row.file, row.line, reason))
         if strict:
-            raise DataError(f"bad row: {bad[-1]} (repair it, or read without --strict to leave such rows out)")
+            raise bad_row_error(bad[-1])
 
     for row in rows:
         if row.fault is not None:
@@ -212,13 +233,7 @@ def sort_rows(
     for row, name, _, _ in kept:
         unused.update(_unused(row.value, name))
 
-    examined = len(kept) + len(bad)
-    if len(bad) > max_bad_share * examined:
-        quoted = "; ".join(str(b) for b in bad[:_SHOWN])
-        raise DataError(
-            f"{where}: {len(bad)} of {examined} rows are bad, expected at most {max_bad_share:.2%}; the first: {quoted}"
-            ". Repair the data, or allow a larger share with --max-bad-share"
-        )
+    check_share(bad, len(kept) + len(bad), max_bad_share, where)
     if not kept and not may_be_empty:
         there = f"; splits found: {dict(others)}" if others else ""
         raise DataError(f"{where}: no usable record{f' in split {split!r}' if split else ''}{there}")
@@ -231,6 +246,7 @@ def sort_rows(
         split=split if uses_split else None,
         other_splits=sum(others.values()),
         unused=tuple(unused.most_common()),
+        places=tuple((row.file, row.line) for row, *_ in kept),
     )
 
 

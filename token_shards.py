@@ -191,11 +191,12 @@ def materialize(
         if parts is None:
             break
         for name, found in zip(("train", "valid"), parts, strict=True):
-            counts["records"] += len(found.records)
-            counts["bad"] += len(found.bad_rows)
+            encoded = blocks.encode(found)
+            counts["records"] += len(found.records) - len(encoded.refused)
+            counts["bad"] += len(found.bad_rows) + len(encoded.refused)
             for form, count in found.formats:
                 counts["formats"][form] = counts["formats"].get(form, 0) + count
-            writers[name].add(blocks.encode(found))
+            writers[name].add(encoded)
         learned, scored = parts
         if learned.split is not None:
             counts["other_splits"] += learned.other_splits - (scored.split is not None) * len(scored.records)

@@ -34,7 +34,7 @@ from answer_masks import (
 from packed_batches import Blocks, OneBlock, recut
 from prime_telemetry import CONFIG
 from record_streams import DatasetId, FileRows, HubRows, Prefetched, RowStream, StreamBlocks, parse_source
-from text_records import DataError, Record, RecordSet, drawn, list_files, prompt_key, read_records
+from text_records import DataError, Record, RecordSet, check_share, drawn, list_files, prompt_key, read_records
 from token_files import read_tokens, write_tokens
 from token_shards import MANIFEST, Manifest, ShardBlocks
 
@@ -260,7 +260,15 @@ def _open_held(
     records = read_records(
         source, strict=settings.strict, max_bad_share=settings.max_bad_share, split=settings.eval_split
     )
-    held = encode_records(records, tokenizer, seq_len, last_turn_only=settings.last_turn_only, may_be_empty=True)
+    held = encode_records(
+        records,
+        tokenizer,
+        seq_len,
+        last_turn_only=settings.last_turn_only,
+        may_be_empty=True,
+        strict=settings.strict,
+        max_bad_share=settings.max_bad_share,
+    )
     return _Asked(
         _with_a_target(held, source),
         _marked(describe(records, held)),
@@ -390,21 +398,36 @@ def _open_files(
         return TrainingData(OneBlock(train), held, f"{summary}\ndata: encoded before, from {folder}")
     records, scored = _read_split(path, settings, files, asked is None)
     learned = records if asked is None else _without_marked(records, asked.marks)
-    train = encode_records(learned, tokenizer, seq_len, last_turn_only=settings.last_turn_only)
+    how: dict[str, Any] = {"last_turn_only": settings.last_turn_only, "strict": settings.strict, "max_bad_share": 1.0}
+    train = encode_records(learned, tokenizer, seq_len, **how)
+    both = [(learned, train)]
     lines = [describe(learned, train), *_about_files(files, asked is None and records.split is None)]
     if count := len(records.records) - len(learned.records):
         lines.append(f"data: {count:,} records left out, since --eval-data has them, too")
     summary = "\n".join(lines)
     held = None
     if scored is not None and scored.records:
-        found = encode_records(scored, tokenizer, seq_len, last_turn_only=settings.last_turn_only, may_be_empty=True)
+        found = encode_records(scored, tokenizer, seq_len, may_be_empty=True, **how)
         summary += "\n" + _marked(describe(scored, found))
         held = _any(found)
+        both.append((scored, found))
+    _check_bad_rows(both, settings, str(path))
     if folder is None:
         log.warning("data: nothing kept for the next run, there is no home folder: give --data-cache")
     else:
         _to_cache(folder, key, train, held, summary)
     return TrainingData(OneBlock(train), held, summary)
+
+
+def _check_bad_rows(parts: Sequence[tuple[RecordSet, EncodedSet]], settings: DataSettings, where: str) -> None:
+    """What reading and the template refused, of records to learn and to score together: of a few the one bad row may be
+    a large share."""
+    refused = [bad for _, encoded in parts for bad in encoded.refused]
+    if refused:
+        # A row that cannot be read at all is found for every split.
+        unread = dict.fromkeys(bad for records, _ in parts for bad in records.bad_rows)
+        examined = len(unread) + sum(len(records.records) for records, _ in parts)
+        check_share([*refused, *unread], examined, settings.max_bad_share, where)
 
 
 def _without_marked(records: RecordSet, marks: frozenset[str]) -> RecordSet:

@@ -35,6 +35,13 @@ THINK = (
 )
 
 
+# Refuses two answers in a row.
+ALTERNATE = (
+    "{%- for m in messages -%}{%- if not loop.first and m.role == messages[loop.index0 - 1].role -%}"
+    "{{- raise_exception('roles must alternate') -}}{%- endif -%}{%- endfor -%}" + CHATML
+)
+
+
 def build_tokenizer(template: str | None) -> Qwen2Tokenizer:
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
@@ -81,6 +88,12 @@ LOADERS = {
 
 def dialogue(user: str, answer: str) -> Conversation:
     return Conversation((("user", user), ("assistant", answer)))
+
+
+def twice_answered(user: str) -> dict:
+    """A row that ``ALTERNATE`` cannot hold."""
+    said = [("user", user), ("assistant", "one moment"), ("assistant", "the answer")]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def write_lines(file: Path, rows: list) -> Path:

@@ -13,7 +13,7 @@ import random
 import unicodedata
 
 import pytest
-from data_tools import CHATML, END, LOADERS, SHARED, build_tokenizer, dialogue, write_lines
+from data_tools import ALTERNATE, CHATML, END, LOADERS, SHARED, build_tokenizer, dialogue, twice_answered, write_lines
 from transformers import Qwen2Tokenizer
 
 import answer_masks as data
@@ -274,6 +274,40 @@ def test_a_call_of_the_tokenizer_has_so_many_records_and_characters_at_most(monk
     assert [item for _, run in runs for item in run] == items
     assert [(first, len(run)) for first, run in runs] == [(0, 3), (3, 2), (5, 1), (6, 2)]
     assert list(data._chunks([])) == []
+
+
+def test_a_conversation_that_the_template_cannot_hold_is_a_bad_row(tmp_path):
+    tokenizer = build_tokenizer(ALTERNATE)
+    rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(5)]
+    file = write_lines(tmp_path / "x.jsonl", [*rows[:2], twice_answered("q"), {"text": "t"}, {}, *rows[2:]])
+    records = read_records(file, max_bad_share=0.5)
+    encoded = encode_records(records, tokenizer, 64, progress=False, max_bad_share=0.25)
+    (bad,) = encoded.refused
+    assert (bad.file, bad.line) == (
+        str(file),
+        3,
+    ) and "roles user, assistant, assistant: roles must alternate" in bad.reason
+    assert encoded.record.tolist() == [0, 1, 3, 4, 5, 6]
+    log = data.describe(records, encoded)
+    assert "6 records from" in log and "2 bad rows" in log and f"{file}:3: the chat template refuses" in log
+    assert data.EncodedSet.joined([encoded, encoded]).refused == (bad, bad)
+    # The row that could not be read counts, too.
+    with pytest.raises(DataError, match=r"2 of 8 rows are bad, expected at most 24\.00%"):
+        encode_records(records, tokenizer, 64, progress=False, max_bad_share=0.24)
+    with pytest.raises(DataError, match=r"bad row: .*x\.jsonl:3: the chat template refuses"):
+        encode_records(records, tokenizer, 64, progress=False, max_bad_share=1.0, strict=True)
+    with pytest.raises(DataError, match=r"2 of 8 rows are bad, .*: record:2: the chat template refuses"):
+        encode_records(records.records[1:5] * 2, tokenizer, 64, progress=False, max_bad_share=0.1)
+
+
+def test_a_template_that_holds_no_conversation_is_refused_itself(tmp_path):
+    tokenizer = build_tokenizer(ALTERNATE)
+    file = write_lines(tmp_path / "x.jsonl", [twice_answered("a"), twice_answered("b"), {"text": "t"}])
+    with pytest.raises(DataError, match=r"^the chat template refuses"):
+        encode_records(read_records(file), tokenizer, 64, progress=False, max_bad_share=1.0)
+    # Of records to score nothing may be left: who asked for them says what that means.
+    found = encode_records(read_records(file), tokenizer, 64, progress=False, max_bad_share=1.0, may_be_empty=True)
+    assert len(found.refused) == 2 and len(found) == 1
 
 
 def test_describe(tiny, tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_tools import CHATML, build_tokenizer, write_lines
+from data_tools import ALTERNATE, CHATML, build_tokenizer, twice_answered, write_lines
 
 import record_streams
 from answer_masks import EncodedSet
@@ -212,6 +212,32 @@ def test_bad_rows_are_counted_over_the_whole_stream(tmp_path: Path, tokenizer: A
             blocks.block(0, n)
     with pytest.raises(DataError, match=r"bad row: .*rows\.jsonl:10"):
         stream_of(tmp_path, 40, tokenizer, strict=True).block(0, 1)
+
+
+def test_conversations_that_the_template_cannot_hold_are_bad_rows(tmp_path: Path, caplog: Any) -> None:
+    tokenizer = build_tokenizer(ALTERNATE)
+    rows: list[Any] = pairs(40)
+    rows[9] = twice_answered("q")
+    write_lines(tmp_path / "rows.jsonl", rows)
+    blocks = stream_of(tmp_path, 40, tokenizer)
+    assert [len(texts(tokenizer, blocks.block(0, n))) for n in range(5)] == [8, 7, 8, 8, 8]
+    assert "1 bad rows in block 1" in caplog.text and "rows.jsonl:10: the chat template refuses" in caplog.text
+    with pytest.raises(DataError, match=r"bad row: .*rows\.jsonl:10: the chat template refuses"):
+        stream_of(tmp_path, 40, tokenizer, strict=True).block(0, 1)
+    # A block that has no other row ends nothing; one that begins the stream, and many, do.
+    write_lines(tmp_path / "rows.jsonl", [*pairs(8), twice_answered("q")])
+    blocks = stream_of(tmp_path, 9, tokenizer)
+    assert [len(texts(tokenizer, blocks.block(0, n))) for n in range(2)] == [8, 0]
+    write_lines(tmp_path / "rows.jsonl", [twice_answered("q")] * 8)
+    with pytest.raises(DataError, match=r"^the chat template refuses"):
+        stream_of(tmp_path, 8, tokenizer).block(0, 0)
+    write_lines(tmp_path / "rows.jsonl", [*pairs(5), *[twice_answered("q")] * 11])
+    blocks = stream_of(tmp_path, 16, tokenizer)
+    blocks.block(0, 0)
+    with pytest.raises(
+        DataError, match=r"11 of 16 rows are bad, .* the last: .*rows\.jsonl:16: the chat template refuses"
+    ):
+        blocks.block(0, 1)
 
 
 def test_an_epoch_that_drops_much_is_warned_of_once(tmp_path: Path, tokenizer: Any, caplog: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_tools import CHATML, build_tokenizer, write_lines
+from data_tools import ALTERNATE, CHATML, build_tokenizer, twice_answered, write_lines
 
 from answer_masks import END_OF_DOCUMENT, tokenizer_fingerprint
 from packed_batches import PackedBatches
@@ -157,6 +157,13 @@ def test_every_changed_byte_and_every_cut_of_a_manifest_is_found(folder: Path, t
                 Manifest.read(tmp_path)
     (tmp_path / MANIFEST).write_bytes(data)
     assert Manifest.read(tmp_path) == Manifest.read(folder)
+
+
+def test_what_the_template_cannot_hold_is_counted_as_bad(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {i}", "completion": "a"} for i in range(200)] + [twice_answered("q")]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    manifest = materialize(FileRows(path), build_tokenizer(ALTERNATE), "tiny", PLAN, tmp_path / "out")
+    assert (manifest.rows["records"], manifest.rows["bad"]) == (200, 1)
 
 
 def test_no_record_leaves_no_manifest(tokenizer: Any, tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_tools import CHATML, THINK, build_tokenizer, write_lines
+from data_tools import ALTERNATE, CHATML, THINK, build_tokenizer, dialogue, twice_answered, write_lines
 from test_record_streams import hub, pairs  # noqa: F401
 
 import record_streams
 import training_data
 from packed_batches import PackedBatches
 from record_streams import FileRows, Prefetched
-from text_records import DataError
+from text_records import DataError, drawn, prompt_key
 from token_shards import ShardPlan, materialize
 from training_data import DataSettings, open_data
 
@@ -367,6 +367,28 @@ def test_shards_refuse_what_was_settled_when_they_were_made(tokenizer: Any, tmp_
     scored = write_lines(tmp_path / "scored.jsonl", rows)
     found = opened(tmp_path / "shards", tokenizer, tmp_path / "cache", eval_data=scored, eval_split="x")
     assert len(found.held) == 20
+
+
+def test_conversations_that_the_template_cannot_hold_are_bad_rows(tmp_path: Path, monkeypatch: Any) -> None:
+    tokenizer = build_tokenizer(ALTERNATE)
+    rows: list[Any] = pairs(300)
+    keys = [prompt_key(dialogue(row["prompt"], "a")) for row in rows]
+    held = next(i for i, key in enumerate(keys) if drawn(key, 0.02))
+    for at, part in ((held, "held out"), (next(i for i, key in enumerate(keys) if not drawn(key, 0.02)), "data")):
+        changed = [*rows[:at], twice_answered(rows[at]["prompt"]), *rows[at + 1 :]]
+        path = write_lines(tmp_path / "rows.jsonl", changed)
+        found = opened(path, tokenizer, tmp_path / "cache")
+        assert len(found.blocks.block(0, 0)) + len(found.held) == 299
+        assert f"{part}: 1 bad rows\n{part}:   {path}:{at + 1}: the chat template refuses" in found.summary
+        with pytest.raises(DataError, match="1 of 300 rows are bad"):
+            opened(path, tokenizer, tmp_path / "cache", max_bad_share=0.003)
+        with pytest.raises(DataError, match=f"bad row: .*:{at + 1}: the chat template"):
+            opened(path, tokenizer, tmp_path / "cache", strict=True)
+    with pytest.raises(DataError, match="1 of 300 rows are bad"):
+        opened(write_lines(tmp_path / "x.jsonl", pairs(9)), tokenizer, tmp_path, eval_data=path, max_bad_share=0.003)
+    monkeypatch.setattr(training_data, "STREAM_BYTES", 0)
+    stream = opened(path, tokenizer, tmp_path / "cache")
+    assert len(stream.blocks.block(0, 0)) + len(stream.held) == 299
 
 
 def test_strict_and_the_share_of_bad_rows_reach_the_reader(tokenizer: Any, tmp_path: Path) -> None:
