@@ -1,10 +1,10 @@
 """Rows that are too many to read at once: local files and datasets of the hub, one pass after another, from any row.
 
 A stream is a name, a fingerprint and ``rows(epoch, start)``. The hub's come through ``datasets`` in streaming mode, at
-one revision that is looked up when the stream is opened, so a resumed run reads what the first one read. Shuffling has
-two parts: an epoch draws the order of the dataset's files anew, and ``StreamBlocks`` packs blocks of some thousand
-rows, within which ``packed_batches`` shuffles. Both are functions of (seed, epoch), and resuming needs the number of
-a block, not the content of a buffer.
+one revision, which is looked up when a run begins and kept (``training_data``), so a resumed run reads what the first
+one read. Shuffling has two parts: an epoch draws the order of the dataset's files anew, and ``StreamBlocks`` packs
+blocks of some thousand rows, within which ``packed_batches`` shuffles. Both are functions of (seed, epoch), and
+resuming needs the number of a block, not the content of a buffer.
 
 Rejected: ``datasets``' own shuffle buffer. Its state is the buffer; restoring it means filling it again, and what it
 has dealt out is known to the library alone.
@@ -358,9 +358,9 @@ class StreamBlocks:
         if so_far["dropped"] > _MUCH_DROPPED * so_far["records"] and not self._warned:
             self._warned = True
             log.warning(
-                "data: of %d records so far in epoch %d %d were dropped, their answers begin behind %d tokens: give a "
+                "data: %d of %d records so far in epoch %d were dropped, their answers begin behind %d tokens: give a "
                 "larger --seq-len",
-                *(so_far["records"], self._epoch, so_far["dropped"], self.seq_len),
+                *(so_far["dropped"], so_far["records"], self._epoch, self.seq_len),
             )
         return encoded
 

@@ -127,6 +127,8 @@ def open_data(
         DataError: data that cannot be read or used; no target left in what ``--eval-data`` names.
     """
     source = parse_source(data)
+    if isinstance(source, DatasetId) and eval_data is not None:
+        _refuse_one_split_for_both(source, parse_source(eval_data), settings)
     opened = dict(revisions or {})
     asked = None if eval_data is None else _open_held(eval_data, tokenizer, seq_len, settings, opened)
     if isinstance(source, Path) and (source / MANIFEST).is_file():
@@ -145,6 +147,15 @@ def open_data(
     if asked is None:
         return found if settings.hold_out == 0 else _with_a_word_on_few(found)
     return replace(found, held=asked.held, summary=f"{found.summary}\n{asked.summary}")
+
+
+def _refuse_one_split_for_both(source: DatasetId, scored: Path | DatasetId, settings: DataSettings) -> None:
+    same = isinstance(scored, DatasetId) and (scored.name, scored.config) == (source.name, source.config)
+    if same and settings.split == settings.eval_split:
+        raise DataError(
+            f"{source}: --data and --eval-data name the split {settings.split}, so what is learned would be scored: "
+            "give another --eval-split, or leave --eval-data out to hold out a share (--hold-out)"
+        )
 
 
 def _hub_rows(source: DatasetId, split: str, opened: dict[str, str], *, shuffle: bool, seed: int = 0) -> HubRows:

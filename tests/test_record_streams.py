@@ -256,7 +256,7 @@ def test_an_epoch_that_drops_much_is_warned_of_once(tmp_path: Path, tokenizer: A
 
     assert warnings(0, 4) == []
     (said,) = warnings(0, 10)
-    assert said.startswith("data: of 56 records so far in epoch 0 3 were dropped") and "--seq-len" in said
+    assert said.startswith("data: 3 of 56 records so far in epoch 0 were dropped") and "--seq-len" in said
     assert warnings(0, 10) == [] and len(warnings(1, 10)) == 1
 
 

@@ -285,8 +285,10 @@ def test_a_dataset_of_the_hub(tokenizer: Any, tmp_path: Path, hub: Any) -> None:
     while batches.epoch == 0:
         seen += tokenizer.decode(next(batches).input_ids[0].tolist()).split("question ")[1:]
     assert {s.split("<")[0] for s in seen} == {str(i) for i in range(30)}
-    scored = opened("owner/set", tokenizer, tmp_path / "cache", eval_data="owner/set", eval_split="train")
+    scored = opened("owner/set", tokenizer, tmp_path / "cache", eval_data="owner/set:other", eval_split="train")
     assert scored.held is not None and len(scored.held) == 30
+    with pytest.raises(DataError, match="--data and --eval-data name the split train"):
+        opened("owner/set", tokenizer, tmp_path / "cache", eval_data="owner/set@main", eval_split="train")
     with pytest.raises(DataError, match="Bad split"):
         opened("owner/set", tokenizer, tmp_path / "cache", eval_data="owner/set", eval_split="test")
 
