@@ -60,7 +60,8 @@ class Settings:
     def flags(self) -> str:
         """The settings as the trainer's flags."""
         window = f" --peel-window {self.peel.window}" if self.peel.window else ""
-        parts = [f"--vote-rule {self.vote_rule}", f"--peel {self.peel}{window}", f"--seq-len {self.seq_len}"]
+        buffer = f" --vote-buffer {self.vote_buffer}" if self.vote_buffer else ""
+        parts = [f"--vote-rule {self.vote_rule}{buffer}", f"--peel {self.peel}{window}", f"--seq-len {self.seq_len}"]
         return " ".join([*parts, f"--batch-size {self.batch_size} --grad-accum {self.grad_accum}"])
 
     @property
@@ -244,8 +245,9 @@ def alternatives(settings: Settings) -> list[Settings]:
         for peel in dict.fromkeys((settings.peel, window)):
             for rule in (settings.vote_rule, other):
                 count = math.ceil(settings.tokens / length)
+                buffer = settings.vote_buffer if rule == settings.vote_rule else None
                 found.append(
-                    replace(narrow, seq_len=length, grad_accum=count, peel=peel, vote_rule=rule, vote_buffer=None)
+                    replace(narrow, seq_len=length, grad_accum=count, peel=peel, vote_rule=rule, vote_buffer=buffer)
                 )
     return list(dict.fromkeys(found))
 

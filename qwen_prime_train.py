@@ -33,7 +33,6 @@ from prime_device import (
     GIB,
     DeviceError,
     check_device,
-    device_of,
     make_deterministic,
     may_keep_freed_memory,
     memory_available,
@@ -189,13 +188,16 @@ def print_plan(config: TrainConfig, checkpoint: dict[str, Any]) -> int:
     available = round(config.memory * GIB) if config.memory else memory_total(config.device)
     text, fits = memory_plan.report(model, plan_settings(config), available)
     print(f"matrix products in {config.compute} (cards before Ampere have no bfloat16: --compute float32)\n{text}")
+    context = model.config.max_position_embeddings
+    if config.seq_len > context:
+        print(f"\nseq-len is {config.seq_len}, the model's context {context}: training will want at most that")
     return 0 if fits else 1
 
 
 def main(config: TrainConfig) -> int:
     if config.plan:
-        # With --memory the plan is of a machine that need not be this one.
-        device_of(config.device) if config.memory else check_device(config.device)
+        if config.memory is None:
+            check_device(config.device)
         return print_plan(config, load_checkpoint(config.checkpoint))
     assert config.output_dir is not None, "checked by the config"
     if config.output_dir.is_file():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ballots import VoteRule
-from prime_device import has_native_bfloat16
+from prime_device import DeviceError, device_of, has_native_bfloat16
 from vote_rules import rule_named
 
 log = logging.getLogger("train")
@@ -75,6 +75,10 @@ class Recipe:
             raise ValueError(f"vote-rule {self.vote_rule} has no weight decay: leave --weight-decay at 0")
         if self.vote_rule == "compact" and self.vote_buffer is not None:
             raise ValueError("vote-rule compact has its votes inside the indices: leave --vote-buffer out")
+        try:
+            device_of(self.device)
+        except DeviceError as error:
+            raise ValueError(str(error)) from error
         if self.compute == "auto":
             object.__setattr__(self, "compute", "bfloat16" if has_native_bfloat16(self.device) else "float32")
         self.rule()

@@ -102,6 +102,17 @@ def test_what_to_give_up_first_is_wide_micro_batches_at_the_same_tokens_a_step()
     assert all(s.vote_rule == "momentum" and s.seq_len == 512 for s in found[:3])
 
 
+def test_a_vote_buffer_that_is_set_is_planned_with_and_named() -> None:
+    model = build_model(tiny_config(), manifolds.build(), "a test")
+    settings = plan.Settings(vote_buffer="int16")
+    found = plan.alternatives(settings)
+    assert {(s.vote_rule, s.vote_buffer) for s in found} == {("momentum", "int16"), ("compact", None)}
+    assert all(("--vote-buffer int16" in s.flags) == (s.vote_rule == "momentum") for s in found)
+    assert "--vote-buffer" not in plan.Settings().flags
+    text, _ = plan.report(model, settings, 10**9)
+    assert text.count("--vote-rule momentum --vote-buffer int16 --peel") == text.count("--vote-rule momentum")
+
+
 def test_an_untied_embedding_votes_only_where_the_lowest_layer_is_open() -> None:
     table = manifolds.build()
     embedding = tiny_config()["vocab_size"] * tiny_config()["hidden_size"]

@@ -733,7 +733,11 @@ def test_plan_needs_no_data_and_trains_nothing(quick: train.TrainConfig, capsys:
     assert "fits: 0." in said and "of 1.07 GB" in said and "indices" in said
     assert train.main(replace(plan, memory=1e-4)) == 1
     assert "does not fit" in capsys.readouterr().out
-    with pytest.raises(train.DeviceError, match="device is 'nonsense', expected cpu"):
-        train.main(replace(plan, device="nonsense"))
+    train.main(replace(plan, seq_len=129))
+    assert "seq-len is 129, the model's context 128: training will want at most that" in capsys.readouterr().out
+    train.main(replace(plan, seq_len=128))
+    assert "context" not in capsys.readouterr().out.replace("CUDA context", "")
+    with pytest.raises(ValueError, match="device is 'nonsense', expected cpu"):
+        replace(plan, device="nonsense", compute="auto")
     with pytest.raises(ValueError, match="--data and --output-dir"):
         replace(plan, plan=False)
