@@ -45,7 +45,7 @@ from prime_device import DeviceError, check_device, is_out_of_memory
 from qwen_prime_wrapper import ModelError, load_model, mean_answer_loss
 from text_records import DataError, read_records
 from training_data import DataSettings, open_data, revisions_of
-from whole_output import write_whole
+from whole_output import check_writable, write_whole
 
 log = logging.getLogger("eval")
 
@@ -318,6 +318,10 @@ def main(config: EvalConfig) -> int:
     if config.compare:
         print_reports([read_report(path) for path in config.compare], [path.stem for path in config.compare])
         return 0
+    for path in (config.json, config.save_completions):
+        if path is not None:
+            # Else hours of work would end here.
+            check_writable(path)
     try:
         report = measure(config)
     except Exception as error:

@@ -50,6 +50,7 @@ from qwen_prime_wrapper import (
     tensor_mismatches,
     tokenizer_from_checkpoint,
 )
+from whole_output import OutputError, check_writable
 
 log = logging.getLogger("verify")
 
@@ -410,6 +411,11 @@ def verify(config: VerifyConfig) -> list[Check]:
 
 
 def main(config: VerifyConfig) -> int:
+    if config.json:
+        try:
+            check_writable(config.json)
+        except OutputError as error:
+            raise ModelError(str(error)) from error
     checks = verify(config)
     passed = all(c.passed for c in checks)
     if config.json:

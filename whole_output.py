@@ -32,6 +32,19 @@ def refuse_existing(path: Path, force: bool, flag: str = "--output") -> None:
         raise OutputError(f"{path} exists: choose another {flag}, or --force to replace it")
 
 
+def check_writable(path: Path) -> None:
+    """Whether a file may be written there, before there is anything to write.
+
+    Raises:
+        OutputError: a folder has its name, its own folder does not exist, or there is no permission.
+    """
+    refuse_existing(path, force=True)
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder, expected a file name")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission")
+
+
 @contextlib.contextmanager
 def new_file(path: Path, force: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it becomes ``path`` if the block ends well.

@@ -83,6 +83,17 @@ def test_memory_that_runs_out_is_one_line_with_what_helps(
         evaluation.main(evaluation.EvalConfig(model=MODEL, text=tmp_path / "text.txt", device="cpu"))
 
 
+@pytest.mark.parametrize("flag", ["json", "save_completions"])
+def test_outputs_are_looked_at_before_anything_is_measured(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "measure", lambda config: pytest.fail("measured"))
+    path = tmp_path / "absent" / "x.json"
+    config = evaluation.EvalConfig(model=MODEL, core=True, **{flag: path})  # type: ignore[arg-type]
+    with pytest.raises(OSError, match=r"absent is no folder: cannot write x\.json there"):
+        evaluation.main(config)
+
+
 def test_what_a_run_holds_out_is_scored_again(
     prime: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

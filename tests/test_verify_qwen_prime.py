@@ -911,22 +911,28 @@ def coder(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("tokens", [16, 48, 512])
-def test_a_right_import_passes_with_few_tokens_and_wrong_ones_do_not(coder: Path, tmp_path: Path, tokens: int) -> None:
-    def judged(change: Callable[[torch.Tensor, torch.Tensor], None] | None) -> set[str]:
-        def wrong(checkpoint: Checkpoint) -> None:
-            assert change is not None
-            change(checkpoint["model"][f"{UP}.grid.indices"], checkpoint["model"][f"{UP}.grid.scale"])
-            # The probes agree: only the comparison can find it.
-            checkpoint["probes"][f"{UP}.weight"] = probe(
-                grids_of(model_from_checkpoint(checkpoint))[f"{UP}.grid"].dequantize()
-            )
+def test_a_right_import_passes_with_few_tokens(coder: Path, tmp_path: Path, tokens: int) -> None:
+    assert failed(verify(coder, tmp_path, reference=str(CODER), tokens=tokens)) == set()
 
-        path = plant(coder, tmp_path / "x.pt", wrong) if change is not None else coder
-        return failed(verify(path, tmp_path, reference=str(CODER), tokens=tokens))
 
-    assert judged(None) == set()
-    assert "reference.snr_db" in judged(lambda indices, scale: scale.mul_(1.001))
-    assert {"reference.snr_db", "reference.kl"} <= judged(lambda indices, scale: indices[7].zero_())
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (lambda indices, scale: scale.mul_(1.001), {"reference.snr_db"}),
+        (lambda indices, scale: indices[7].zero_(), {"reference.snr_db", "reference.kl"}),
+    ],
+    ids=["scaled", "a row of zeros"],
+)
+def test_a_wrong_import_fails_with_few_tokens(
+    coder: Path, tmp_path: Path, damage: Callable[[torch.Tensor, torch.Tensor], object], names: set[str]
+) -> None:
+    def change(checkpoint: Checkpoint) -> None:
+        damage(checkpoint["model"][f"{UP}.grid.indices"], checkpoint["model"][f"{UP}.grid.scale"])
+        # The probes agree: only the comparison can find it.
+        grid = grids_of(model_from_checkpoint(checkpoint))[f"{UP}.grid"]
+        checkpoint["probes"][f"{UP}.weight"] = probe(grid.dequantize())
+
+    assert names <= failed(verify(plant(coder, tmp_path / "x.pt", change), tmp_path, reference=str(CODER), tokens=16))
 
 
 def test_one_mismatch_of_few_tokens_is_no_failure() -> None:
@@ -1066,6 +1072,14 @@ def test_a_result_that_cannot_be_written_is_one_line(
     assert run(str(tied), "--json", str(tmp_path / "none" / "x.json")) == 1
     text = capsys.readouterr().err
     assert text.count("error: ") == 1 and "x.json" in text
+
+
+def test_where_the_json_goes_is_looked_at_before_anything_is_verified(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifier, "verify", lambda config: pytest.fail("verified"))
+    with pytest.raises(ModelError, match=r"absent is no folder: cannot write x\.json there"):
+        verifier.main(VerifyConfig(tied, json=tmp_path / "absent" / "x.json"))
 
 
 def test_the_json_of_a_failure_names_value_and_limit(tied: Path, tmp_path: Path) -> None:

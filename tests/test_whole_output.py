@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from whole_output import OutputError, new_file, new_folder
+from whole_output import OutputError, check_writable, new_file, new_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -36,6 +36,19 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, kind, error: BaseExcepti
         assert "No space left" in str(caught.value) and "nothing was left" in str(caught.value)
     assert (path / "config.json" if kind is new_folder else path).read_text() == "old"
     assert names(tmp_path) == {"out"}
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "new.json")
+    (tmp_path / "old.json").write_text("x")
+    check_writable(tmp_path / "old.json")
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "absent" / "x", "no folder")):
+        with pytest.raises(OutputError, match=words):
+            check_writable(path)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(OutputError, match="no permission"):
+        check_writable(tmp_path / "new.json")
+    assert names(tmp_path) == {"old.json"}
 
 
 def test_existing_outputs_are_refused(tmp_path: Path) -> None:
