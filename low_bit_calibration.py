@@ -51,7 +51,8 @@ class Sensitivity:
     """What errors of one grid cost.
 
     Attributes:
-        inputs: H, float32 ``(in, in)``, or None where only its mean is known, which is then 1.
+        inputs: H, float32 ``(in, in)``, or None where only its mean is known, which is then 1; one tensor of all grids
+            that see the same inputs (queries, keys and values; the two that go into an MLP).
         rows: g, float64 ``(out,)``.
     """
 
@@ -69,8 +70,15 @@ def without_text(model: PreTrainedModel) -> dict[str, Sensitivity]:
     return found
 
 
+def moment_bytes(model: PreTrainedModel) -> int:
+    """What the second moments of a model's inputs take while it is calibrated and rounded, in float32."""
+    shared = ("k_proj", "v_proj", "up_proj")
+    linears = [m.grid for n, m in model.named_modules() if isinstance(m, GhostLinearTandem) and not n.endswith(shared)]
+    return sum(4 * grid.shape[1] ** 2 for grid in linears)
+
+
 def measure(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Sensitivity]:
-    """Sensitivities on a text, by one forward and backward pass per row.
+    """Sensitivities on a text, by one forward and backward pass per row; holds :func:`moment_bytes`.
 
     Args:
         batches: of one row each, with at least one target.
@@ -78,11 +86,12 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Sensi
     heard: dict[str, _Heard] = {}
     lookups: dict[str, torch.Tensor] = {}
     handles = []
+    last = _Last()
     for module in model.modules():
         if isinstance(module, GhostLinearTandem):
-            name, (out, width) = module.grid.name, module.grid.shape
-            heard[name] = _Heard(torch.zeros(width, width), torch.zeros(out, dtype=torch.float64))
-            handles.append(module.register_forward_hook(_linear_hook(heard[name])))
+            name, out = module.grid.name, module.grid.shape[0]
+            heard[name] = _Heard(torch.zeros(out, dtype=torch.float64))
+            handles.append(module.register_forward_hook(_linear_hook(heard[name], last)))
         elif isinstance(module, GhostEmbedding):
             lookups[module.grid.name] = torch.zeros(module.grid.shape[0], dtype=torch.float64)
             handles.append(module.register_forward_hook(_lookup_hook(module.grid.name, lookups)))
@@ -108,7 +117,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Sensi
             assert lookup is not None, "a grid is of a linear or of an embedding"
             found[name] = Sensitivity(None, lookup / tokens)
             continue
-        h, g = linear.inputs / max(1, linear.count), linear.rows / tokens
+        h, g = _mean(linear.moments, grid.shape[1]), linear.rows / tokens
         if lookup is not None:
             mean = h.diagonal().mean()
             as_head, as_embedding = g * float(mean), lookup / tokens
@@ -120,23 +129,55 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Sensi
 
 
 @dataclass
-class _Heard:
-    """Sums over the rows that a linear saw: x xᵀ, squared gradients of its outputs, and how many rows."""
+class _Moments:
+    """Sum of x xᵀ over inputs x, float32 ``(in, in)``, and how many; a mean once ``closed``."""
 
     inputs: torch.Tensor
-    rows: torch.Tensor
     count: int = 0
+    closed: bool = False
 
 
-def _linear_hook(heard: _Heard):
+@dataclass
+class _Heard:
+    """What a linear saw: the sum of squared gradients of its outputs, and the moments of its inputs."""
+
+    rows: torch.Tensor
+    moments: _Moments | None = None
+
+
+@dataclass
+class _Last:
+    """The inputs that were last seen, and their moments: linears of the same inputs come one after the other."""
+
+    inputs: torch.Tensor | None = None
+    moments: _Moments | None = None
+
+
+def _mean(moments: _Moments | None, width: int) -> torch.Tensor:
+    """H of the moments, in their place: as many again would not fit beside them."""
+    if moments is None:
+        return torch.zeros(width, width)
+    if not moments.closed:
+        moments.inputs /= max(1, moments.count)
+        moments.closed = True
+    return moments.inputs
+
+
+def _linear_hook(heard: _Heard, last: _Last):
     def hear(gradient: torch.Tensor) -> None:
         heard.rows += gradient.reshape(-1, gradient.shape[-1]).square().sum(0).double()
 
     def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
-        heard.inputs.addmm_(x.T, x)
-        heard.count += len(x)
         output.register_hook(hear)
+        if arguments[0] is last.inputs:
+            heard.moments = last.moments
+            return
+        x = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
+        if heard.moments is None:
+            heard.moments = _Moments(torch.zeros(x.shape[1], x.shape[1]))
+        heard.moments.inputs.addmm_(x.T, x)
+        heard.moments.count += len(x)
+        last.inputs, last.moments = arguments[0], heard.moments
 
     return hook
 
@@ -171,8 +212,46 @@ class Plan:
     scales: low_bit.Scales
 
 
-def plan(shape: tuple[int, int], cost: Sensitivity, group: int, name: str) -> Plan:
+def plans_of(model: PreTrainedModel, costs: dict[str, Sensitivity], group: int) -> dict[str, Plan]:
+    """The plan of every grid.
+
+    Args:
+        costs: emptied on the way, so that whoever keeps nothing of them holds H or its factor, not both.
+
+    Raises:
+        LowBitError: the group does not divide a width.
+    """
+    plans: dict[str, Plan] = {}
+    inputs, factor = None, None
+    for name, grid in grids_of(model).items():
+        cost = costs.pop(name)
+        if cost.inputs is None or cost.inputs is not inputs:
+            inputs, factor = cost.inputs, _factor(cost.inputs)
+        plans[name] = plan(grid.shape, cost, group, name, factor)
+    return plans
+
+
+def _factor(inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Upper Cholesky factor of the inverse of H, float32 ``(in, in)``, and its diagonal, float64."""
+    if inputs is None:
+        return None
+    h = inputs.double()
+    h = h + torch.eye(len(h), dtype=torch.float64) * (DAMPING * h.diagonal().mean() + 1e-30)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    return factor.float(), factor.diagonal().clone()
+
+
+def plan(
+    shape: tuple[int, int],
+    cost: Sensitivity,
+    group: int,
+    name: str,
+    factor: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Plan:
     """Steps of a grid that make every weight's expected cost the same.
+
+    Args:
+        factor: of H, where another grid has it already.
 
     Raises:
         LowBitError: the group does not divide the width.
@@ -182,11 +261,10 @@ def plan(shape: tuple[int, int], cost: Sensitivity, group: int, name: str) -> Pl
     rows = g.rsqrt()[:, None].expand(-1, groups)
     if cost.inputs is None:
         return Plan(None, low_bit.scales_of(rows, torch.ones(shape[1])))
-    h = cost.inputs.double()
-    h = h + torch.eye(len(h), dtype=torch.float64) * (DAMPING * h.diagonal().mean() + 1e-30)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    found = factor or _factor(cost.inputs)
+    assert found is not None, "there is an H"
     # The factor's diagonal is the inverse root of the conditional variances.
-    return Plan(factor.float(), low_bit.scales_of(rows, factor.diagonal()))
+    return Plan(found[0], low_bit.scales_of(rows, found[1]))
 
 
 def round_grid(
@@ -197,11 +275,9 @@ def round_grid(
     return _round(weights, how, how.scales.times(constant), name, top)[0]
 
 
-def unrounded(grid: GhostGrid, packed: LowBitGrid, cost: Sensitivity) -> torch.Tensor:
-    """What the weights of a grid that :func:`quantize` rounded were when their turn came, the errors of others in
-    them: the codes are the nearest to them. Float32 ``(out, in)``."""
-    groups = packed.scales.rows.shape[1]
-    how = plan(grid.shape, cost, grid.shape[1] // groups if groups > 1 else 0, grid.name)
+def unrounded(grid: GhostGrid, packed: LowBitGrid, how: Plan) -> torch.Tensor:
+    """What the weights of a grid that was rounded by a plan were when their turn came, the errors of others in them:
+    the codes are the nearest to them. Float32 ``(out, in)``."""
     return _round(grid.dequantize(), how, packed.scales, packed.name, packed.top)[1]
 
 
@@ -247,8 +323,18 @@ def quantize(
     Raises:
         LowBitError: no steps are coarse enough, or a group does not divide a width.
     """
+    return quantize_planned(model, plans_of(model, dict(costs), group), budget, name=name, top=top)
+
+
+def quantize_planned(
+    model: PreTrainedModel, plans: dict[str, Plan], budget: int, *, name: str = "linear", top: int = low_bit.TOP_MAX
+) -> dict[str, LowBitGrid]:
+    """As :func:`quantize`, by plans that there are already.
+
+    Raises:
+        LowBitError: no steps are coarse enough.
+    """
     grids = grids_of(model)
-    plans = {n: plan(g.shape, costs[n], group, n) for n, g in grids.items()}
     # Finer than this, a grid's largest weights would be cut off.
     finest = {n: _finest(grids[n], p, name, top) for n, p in plans.items()}
     low, high = math.log2(min(finest.values())), math.log2(max(finest.values())) + 32.0

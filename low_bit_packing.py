@@ -12,7 +12,16 @@ from tqdm import tqdm
 
 from entropy_coding import encode
 from low_bit import GROUPS, LowBitError, LowBitGrid
-from low_bit_calibration import measure, quantize, stored_bytes, unrounded, without_text
+from low_bit_calibration import (
+    measure,
+    moment_bytes,
+    plans_of,
+    quantize,
+    quantize_planned,
+    stored_bytes,
+    unrounded,
+    without_text,
+)
 from low_bit_healing import heal, put_on_packed_grids, rounded_grids
 from packed_batches import PackedBatches
 from prime_pack import carrier
@@ -104,9 +113,10 @@ def low_bit_grids(
         return PackedBatches(data.blocks, seq_len=seq_len, batch_size=1, pad_id=pad, seed=seed)
 
     rows = islice((b for b in batches(settings.seed) if b.answer_tokens), -(-settings.calibration_tokens // seq_len))
-    costs = measure(model, rows)
+    log.info("calibration holds %.1f GB of second moments beside the model", moment_bytes(model) / 1e9)
+    plans = plans_of(model, measure(model, rows), settings.group)
     room = int(budget * (1 - HEALING_ROOM)) if settings.heal else budget
-    grids = quantize(model, costs, room, group=settings.group, name=settings.table)
+    grids = quantize_planned(model, plans, room, name=settings.table)
     if not settings.heal:
         return grids, checkpoint, notes
     recipe = Recipe(
@@ -120,7 +130,7 @@ def low_bit_grids(
         seed=settings.seed,
         device=str(model.device),
     )
-    put_on_packed_grids(model, grids, lambda grid, packed: unrounded(grid, packed, costs[grid.name]))
+    put_on_packed_grids(model, grids, lambda grid, packed: unrounded(grid, packed, plans[grid.name]))
     steps = heal(model, batches(settings.seed + 1), recipe)
     losses = list(tqdm(steps, total=settings.heal, desc="heal", unit="step", disable=None))
     log.info("healed by votes: loss %.4f at the first step, %.4f at the last", losses[0], losses[-1])

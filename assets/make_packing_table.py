@@ -201,12 +201,11 @@ def healed(bench: Bench, size: int) -> tuple[int, PreTrainedModel]:
     """As :func:`ours`, then trained by votes on the packed grids; rounded to fewer bytes beforehand by what training
     adds to the codes' entropy, until the result fits."""
     room = size
+    plans = calibration.plans_of(bench.model(), dict(bench.costs), 0)
     while True:
         _, _, grids = ours(bench, room)
         model = bench.model()
-        put_on_packed_grids(
-            model, grids, lambda grid, packed: calibration.unrounded(grid, packed, bench.costs[grid.name])
-        )
+        put_on_packed_grids(model, grids, lambda grid, packed: calibration.unrounded(grid, packed, plans[grid.name]))
         for _ in heal(model, bench.batches(bench.train, 1), recipe()):
             pass
         grids = rounded_grids(model)

@@ -35,6 +35,25 @@ def a_batch(length: int = 40, padding: int = 6) -> Batch:
     return Batch(ids, labels, places, 2, length - padding, int((labels != -100).sum()))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_grids_of_the_same_inputs_share_what_is_held_of_them(kind: str) -> None:
+    """At 1.5 B each of H and its factors has 10 GB: once for the same inputs, and never both."""
+    model = ghost(kind)
+    costs = calibration.measure(model, [a_batch(), a_batch(33, 0)])
+    held = {id(cost.inputs): cost.inputs.nbytes for cost in costs.values() if cost.inputs is not None}
+    assert sum(held.values()) == calibration.moment_bytes(model)
+    alone = {n: calibration.plan(g.shape, costs[n], 0, n) for n, g in grids_of(model).items()}
+    plans = calibration.plans_of(model, costs, 0)
+    assert not costs and set(plans) == set(alone)
+    factors = {id(how.compensation): how.compensation.nbytes for how in plans.values() if how.compensation is not None}
+    assert sum(factors.values()) == calibration.moment_bytes(model)
+    for name, how in plans.items():
+        assert how.compensation is not None and torch.equal(how.compensation, alone[name].compensation)
+        assert (
+            torch.equal(how.scales.columns, alone[name].scales.columns) and how.scales.unit == alone[name].scales.unit
+        )
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_sensitivities_are_those_of_their_formulas(tied: bool) -> None:
     model = ghost(tie_word_embeddings=tied)

@@ -60,8 +60,9 @@ def test_it_begins_where_weights_were_before_they_were_rounded() -> None:
         if "down_proj" not in name:
             costs[name] = calibration.Sensitivity(h.T @ h / 200, cost.rows)
     grids = calibration.quantize(model, costs, 40_000)
+    plans = calibration.plans_of(model, costs, 0)
     before = {name: grid.dequantize() for name, grid in grids_of(model).items()}
-    put_on_packed_grids(model, grids, lambda grid, packed: calibration.unrounded(grid, packed, costs[grid.name]))
+    put_on_packed_grids(model, grids, lambda grid, packed: calibration.unrounded(grid, packed, plans[grid.name]))
     for name, grid in grids_of(model).items():
         # Beside the border of two codes the 16-bit snap may fall to the other side.
         assert (grid.rounded().codes != grids[name].codes).float().mean() < 0.01
