@@ -36,6 +36,7 @@ from prime_checkpoint import check_file, load_checkpoint, save_checkpoint, tenso
 from prime_telemetry import read_lines
 from qwen_prime_wrapper import model_from_checkpoint, model_tensors, tokenizer_from_checkpoint
 from run_folder import RunFolder
+from vote_casting import VoteCaster
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny_coder"
@@ -547,7 +548,7 @@ def test_an_evaluation_that_runs_out_of_memory_on_its_way_is_done_again_whole(
         return measure(model, rows)
 
     monkeypatch.setattr(training_session, "mean_answer_loss", short_of_memory)
-    monkeypatch.setattr(train.VoteTrainer, "release", lambda self: released.append(1) or True)
+    monkeypatch.setattr(VoteCaster, "release", lambda self: released.append(1) or True)
     assert train.main(replace(quick, steps=1, batch_size=1)) == 0
     monkeypatch.undo()
     assert train.main(replace(quick, steps=1, output_dir=quick.output_dir.with_name("calm"))) == 0
