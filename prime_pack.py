@@ -217,9 +217,11 @@ def single(markers: Mapping[str, Callable[[Any], Any]], path: Path) -> dict[str,
 
     def guarded(key: str, meaning: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def mark(value: Any) -> Any:
-            if (name := json.dumps([key, value])) in seen:
-                raise PackError(f"{path} is damaged: {value!r} stands in it twice")
-            seen.add(name)
+            # Of several values the name is what is decoded.
+            name = value.get("name") if isinstance(value, dict) else value
+            if (place := json.dumps([key, name])) in seen:
+                raise PackError(f"{path} is damaged: {str(name)[:200]!r} stands in it twice")
+            seen.add(place)
             return meaning(value)
 
         return mark

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_prime_pack import rewrite_header
 from tiny_models import import_source, tiny_config, write_source
 
 import prime_cli
@@ -139,6 +140,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     for flag, value in (("--table", "compact"), ("--heal-lr", 0.01), ("--calibration-tokens", 9), ("--seed", 1)):
         assert f"{flag[2:]}: only for --bits" in refused(flag, value, code=2)
     assert "seq-len, grad-accum: only for --bits" in refused("--seq-len", 64, "--grad-accum", 2, code=2)
+
+
+def test_a_grid_stands_once_in_a_tree(checkpoint: Path, tmp_path: Path) -> None:
+    assert run("pack", checkpoint, "--bits", "4", "--output", tmp_path / "x") == 0
+
+    def twice(header: dict) -> dict:
+        model = header["content"]["checkpoint"]["model"]
+        name = next(name for name, value in model.items() if "$grid" in value)
+        model["again"] = {"$grid": {**model[name]["$grid"], "more": 1}}
+        return header
+
+    with pytest.raises(PackError, match="stands in it twice"):
+        read_checkpoint(rewrite_header(tmp_path / "x", twice))
 
 
 def test_damage_is_found(checkpoint: Path, tmp_path: Path) -> None:
