@@ -49,6 +49,7 @@ class HalfStep:
     Attributes:
         ran: how many micro-batches are done.
         skipped: how many of these were not finite.
+        voted: how many of the others had something to learn.
         nats, answer_tokens: sums over the others.
         seconds: that they took.
         gradients: of norms and biases, on the CPU, by name.
@@ -56,6 +57,7 @@ class HalfStep:
 
     ran: int
     skipped: int
+    voted: int
     nats: float
     answer_tokens: int
     seconds: float
@@ -214,7 +216,7 @@ class VoteTrainer:
             # Nothing may be left to cast, which would say this.
             self.ballot.open("cast", self.done, count - 1, count)
             self.ballot.close()
-        ran, total, learned, skipped = half.ran, half.nats, half.answer_tokens, half.skipped
+        ran, skipped, voted, total, learned = half.ran, half.skipped, half.voted, half.nats, half.answer_tokens
         fits = True
         waiting = [g for g in self.grids.values() if g.waiting]
         leave = False
@@ -240,6 +242,8 @@ class VoteTrainer:
             else:
                 total += outcome
                 learned += batch.answer_tokens
+                # What has nothing to learn casts nothing, and is as if it had been skipped.
+                voted += batch.answer_tokens > 0
         if ran == 0:
             self._probe(events)
             return None
@@ -247,12 +251,12 @@ class VoteTrainer:
             # Behind the last one, too: what follows a step may take long.
             self.batches.load_state_dict(cursors[0])
             seconds = half.seconds + time.perf_counter() - begun
-            self._pause(HalfStep(ran, skipped, total, learned, seconds, self.caster.gradients()))
+            self._pause(HalfStep(ran, skipped, voted, total, learned, seconds, self.caster.gradients()))
         moved: dict[str, Movement] = {}
         self.ballot.close()
         pressure: dict[str, float] = {}
-        if skipped < ran:
-            self.ballot.voted = ran - skipped
+        self.ballot.voted = voted
+        if voted > 0:
             pressure = vote_pressure(self.groups)
             moved = self._apply(rate, count)
         self.caster.clear_gradients()
@@ -284,7 +288,7 @@ class VoteTrainer:
 
     def _go_on(self) -> HalfStep:
         """What there is of the step: what it was left with, or nothing yet."""
-        half, self.half = self.half or HalfStep(0, 0, 0.0, 0, 0.0, {}), None
+        half, self.half = self.half or HalfStep(0, 0, 0, 0.0, 0, 0.0, {}), None
         self.caster.put_gradients(half.gradients)
         return half
 
@@ -413,7 +417,8 @@ class VoteTrainer:
         self.batches.load_state_dict(state["data"])
         self.optimizer.load_state_dict(state["float_optimizer"])
         half = state.get("half_step")
-        self.half = None if half is None else HalfStep(**half)
+        # Checkpoints of before votes were counted have skipped ones only.
+        self.half = None if half is None else HalfStep(**{"voted": half["ran"] - half["skipped"], **half})
         self._restore_votes(checkpoint["votes"])
 
     def _restore_votes(self, votes: dict[str, dict[str, torch.Tensor]]) -> None:

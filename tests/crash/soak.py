@@ -137,19 +137,21 @@ class Accidents:
 
     def install(self) -> None:
         """Put itself around the trainer's step, its loss and the votes of every grid."""
+        import vote_casting
         import vote_trainer
 
         patched: Any = vote_trainer
+        casting: Any = vote_casting
         self.planned = self.plan.accidents()
         self.draw = random.Random(f"{self.plan.seed} {self.full_at}")
         self.faults = Faults(f"{self.run}{os.sep}", kind="full")
         if self.full_at is not None:
             self.faults.install()
-        self.loss, self.step, self.accept = patched.answer_loss, patched.VoteTrainer.step, GhostGrid.accept
+        self.loss, self.step, self.accept = casting.answer_loss, patched.VoteTrainer.step, GhostGrid.accept
         self.trainer: Any = None
         self.accepted = 0
         patched.VoteTrainer.step = lambda trainer: self.one_step(trainer)
-        patched.answer_loss = self.answer_loss
+        casting.answer_loss = self.answer_loss
         GhostGrid.accept = lambda grid, *rest: self.one_accept(grid, *rest)  # type: ignore[method-assign]
 
     def one_step(self, trainer: Any) -> Any:
