@@ -54,8 +54,7 @@ def test_a_packed_grid_computes_with_the_rounded_weights(tied: bool, bits: float
 
 def test_it_begins_where_weights_were_before_they_were_rounded() -> None:
     model = ghost()
-    draws = torch.Generator().manual_seed(1)
-    h = torch.randn(200, 64, generator=draws) @ torch.randn(64, 64, generator=draws)
+    h = torch.randn(200, 64) @ torch.randn(64, 64)
     costs = calibration.without_text(model)
     for name, cost in costs.items():
         if "down_proj" not in name:
@@ -69,7 +68,9 @@ def test_it_begins_where_weights_were_before_they_were_rounded() -> None:
         assert (grid.rounded().codes != grids[name].codes).float().mean() < 0.01
         behind = GhostGrid.dequantize(grid)
         half = grids[name].scales.steps() / 2
-        assert ((behind - grids[name].weights()).abs() <= half * 1.001).all()
+        # The snap moves a weight by half the gap between two entries of the table at most; float32 rounds beside.
+        snap = float(grid.manifold.fixed.diff().max()) / 2.0**41 * grid.scale[:, None]
+        assert ((behind - grids[name].weights()).abs() <= half * 1.00001 + snap).all()
         assert torch.allclose(behind, before[name], atol=1e-3 * float(half.min())) == ("down_proj" in name)
 
 
