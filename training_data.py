@@ -11,11 +11,9 @@ Something is always held out, so that a run knows whether it learned: records th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -31,11 +29,12 @@ from answer_masks import (
     unused_columns,
     what_was_cut,
 )
+from document_cache import cache_folder, from_cache, to_cache
 from packed_batches import Blocks, OneBlock, recut
 from prime_telemetry import CONFIG
 from record_streams import DatasetId, FileRows, HubRows, Prefetched, RowStream, StreamBlocks, parse_source
 from text_records import DataError, Record, RecordSet, check_share, drawn, list_files, prompt_key, read_records
-from token_files import read_tokens, write_tokens
+from token_files import read_tokens
 from token_shards import MANIFEST, Manifest, ShardBlocks
 
 if TYPE_CHECKING:
@@ -51,8 +50,6 @@ FEW_HELD = 16
 """Held-out documents that are called too few."""
 _SCORED_NAMES = frozenset(("test", "validation", "valid", "val", "dev", "eval"))
 _SHOWN = 5  # files named in a line
-CACHE_ENTRIES = 16
-"""Encoded data sets that are kept; the one used longest ago goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +399,7 @@ def _open_files(
     parts = [ENCODING, files.content(), tokenizer_fingerprint(tokenizer), seq_len, marks, decides]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = settings.data_cache or cache_folder()
-    kept = None if folder is None else _from_cache(folder, key)
+    kept = None if folder is None else from_cache(folder, key)
     if kept is not None:
         train, held, summary = kept
         # Names of files are the user's, and may differ from those of the run that filled the cache.
@@ -426,7 +423,7 @@ def _open_files(
     if folder is None:
         log.warning("data: nothing kept for the next run, there is no home folder: give --data-cache")
     else:
-        _to_cache(folder, key, train, held, summary)
+        to_cache(folder, key, train, held, summary)
     return TrainingData(OneBlock(train), held, summary)
 
 
@@ -476,44 +473,3 @@ def _read_split(
     learned = records.where(lambda key: not drawn(key, share))
     # What was found beside records is told once.
     return (learned, replace(scored, bad_rows=(), ignored=())) if learned.records else (records, None)
-
-
-def cache_folder() -> Path | None:
-    """Where encoded data are kept by default; None for somebody without a home folder."""
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return Path(root) / "qwen-prime"
-
-
-def _from_cache(folder: Path, key: str) -> tuple[EncodedSet, EncodedSet | None, str] | None:
-    path = folder / f"{key}.train.safetensors"
-    if not path.is_file():
-        return None
-    try:
-        train, about = read_tokens(path)
-        held = read_tokens(folder / f"{key}.held.safetensors", about["held"])[0] if about["held"] else None
-        if train.fingerprint != about["fingerprint"]:
-            raise DataError(f"{path}: its content is not what was written")
-    except (DataError, KeyError, TypeError) as error:
-        log.warning("data: the cache is damaged, encoding again: %s", error)
-        return None
-    # It may be somebody else's, to be read and not to be touched.
-    with contextlib.suppress(OSError):
-        os.utime(path)
-    return train, held, str(about["summary"])
-
-
-def _to_cache(folder: Path, key: str, train: EncodedSet, held: EncodedSet | None, summary: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = write_tokens(folder / f"{key}.held.safetensors", held) if held is not None else None
-        about = {"held": digest, "fingerprint": train.fingerprint, "summary": summary}
-        write_tokens(folder / f"{key}.train.safetensors", train, about)
-        entries = sorted(folder.glob("*.train.safetensors"), key=lambda f: f.stat().st_mtime)
-        for old in entries[:-CACHE_ENTRIES]:
-            for part in ("train", "held"):
-                (folder / f"{old.name.split('.')[0]}.{part}.safetensors").unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("data: nothing kept for the next run, %s cannot be written: %s", folder, error)

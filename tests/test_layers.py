@@ -46,6 +46,7 @@ FLOORS = {
     "step_profile": 4,
     "packed_batches": 4,
     "token_files": 4,
+    "document_cache": 5,
     "vote_rules": 4,
     "ghost_grid": 4,
     "monitor_terminal": 4,

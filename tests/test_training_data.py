@@ -10,6 +10,7 @@ import pytest
 from data_tools import ALTERNATE, CHATML, THINK, build_tokenizer, dialogue, twice_answered, write_lines
 from test_record_streams import hub, pairs  # noqa: F401
 
+import document_cache
 import record_streams
 import training_data
 from packed_batches import PackedBatches
@@ -91,7 +92,7 @@ def test_a_second_run_reads_the_cache_and_a_changed_file_does_not(
 
 
 def test_the_cache_is_bounded_and_not_needed(tokenizer: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    monkeypatch.setattr(training_data, "CACHE_ENTRIES", 2)
+    monkeypatch.setattr(document_cache, "CACHE_ENTRIES", 2)
     path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
     for count in (50, 60, 70, 80):
         opened(write_lines(path, pairs(count)), tokenizer, cache)
@@ -109,7 +110,7 @@ def test_a_cache_that_is_only_to_be_read_serves(tokenizer: Any, tmp_path: Path, 
     def refuse(path: Path) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))
 
-    monkeypatch.setattr(training_data.os, "utime", refuse)
+    monkeypatch.setattr(document_cache.os, "utime", refuse)
     assert "encoded before" in opened(path, tokenizer, tmp_path / "cache").summary
 
 
@@ -123,7 +124,7 @@ def test_without_a_home_there_is_no_cache(tokenizer: Any, tmp_path: Path, monkey
     assert len(found.blocks.block(0, 0)) + len(found.held) == 50
     assert "no home folder: give --data-cache" in caplog.text
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert training_data.cache_folder() == tmp_path / "qwen-prime"
+    assert document_cache.cache_folder() == tmp_path / "qwen-prime"
 
 
 def test_large_files_are_streamed(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:

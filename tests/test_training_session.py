@@ -145,10 +145,8 @@ def test_a_signal_during_a_return_does_not_lose_it(
 # -- votes that are lost ----------------------------------------------------------------------------------------------
 
 
-def test_memory_that_runs_out_while_votes_are_applied_makes_the_step_smaller(
-    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(quick, steps=6, batch_size=2, eval_every=0)
+def memory_runs_out_applying(monkeypatch: pytest.MonkeyPatch, when: Callable[[VoteTrainer], bool]) -> None:
+    """Votes cannot be applied in steps of a trainer in such a state."""
     apply, step = vote_trainer.apply_votes, VoteTrainer.step
     now: list[VoteTrainer] = []
 
@@ -157,12 +155,19 @@ def test_memory_that_runs_out_while_votes_are_applied_makes_the_step_smaller(
         return step(self)
 
     def failing(*inputs: Any) -> Any:
-        if now[0].done == 3 and now[0].shape.batch_size == 2:
+        if when(now[0]):
             raise torch.OutOfMemoryError("a test")
         return apply(*inputs)
 
     monkeypatch.setattr(VoteTrainer, "step", noting)
     monkeypatch.setattr(vote_trainer, "apply_votes", failing)
+
+
+def test_memory_that_runs_out_while_votes_are_applied_makes_the_step_smaller(
+    quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(quick, steps=6, batch_size=2, eval_every=0)
+    memory_runs_out_applying(monkeypatch, lambda trainer: trainer.done == 3 and trainer.shape.batch_size == 2)
     assert train.main(config) == 0
     found = [(e["event"], e["step"]) for e in events(config, "roll_back", "out_of_memory")]
     assert found == [("roll_back", 3), ("out_of_memory", 2)]
@@ -178,20 +183,7 @@ def test_votes_that_are_lost_in_any_shape_end_the_run(
     quick: train.TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Although there is a whole step between any two of them, the one behind the checkpoint."""
-    apply, step = vote_trainer.apply_votes, VoteTrainer.step
-    now: list[VoteTrainer] = []
-
-    def noting(self: VoteTrainer) -> Any:
-        now[:] = [self]
-        return step(self)
-
-    def failing(*inputs: Any) -> Any:
-        if now[0].done == 3:
-            raise torch.OutOfMemoryError("a test")
-        return apply(*inputs)
-
-    monkeypatch.setattr(VoteTrainer, "step", noting)
-    monkeypatch.setattr(vote_trainer, "apply_votes", failing)
+    memory_runs_out_applying(monkeypatch, lambda trainer: trainer.done == 3)
     assert command(replace(quick, steps=6, batch_size=8, eval_every=0)) == 1
     assert "for the fourth time before step 4 was over" in the_error(capsys.readouterr().err)
     assert events(quick)[-1]["event"] == "failed" and len(events(quick, "out_of_memory")) == 3
